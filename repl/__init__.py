@@ -1,0 +1,1 @@
+"""Replication: the deterministic machine (this package) and the edges that drive it (`edge`)."""

@@ -1,0 +1,117 @@
+"""The records of the data plane: one object per operation, from the first hop to the last.
+
+A `Request` is made by a front end, carried through the machine and, as it is, handed to the disk edge:
+it *is* the disk operation. The same holds for what the peer asks of us (`peer_writes.PeerWrite`) and for
+metadata (`MetaOp`). Nothing here decides anything; `split` is the one place that knows the size limits
+of a single request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any, Final, Protocol
+
+from .units import DISCARD_MAX, IO_MAX
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Op(IntEnum):
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    TRIM = 3  # content afterwards: zeroes, so that both replicas stay identical
+    ZEROES = 4
+
+
+# Flags of an operation, plain integers because the data plane tests them per request.
+FUA: Final = 1  # durable before it is answered
+PREFLUSH: Final = 2  # everything written earlier is durable before this write starts
+MAY_UNMAP: Final = 4  # ZEROES may punch a hole
+
+# Areas of a volume's storage.
+DATA: Final = 0
+META: Final = 1
+
+
+class DiskOp:
+    """One operation on a volume's local storage.
+
+    ``offset`` and ``length`` are bytes, absolute on the device of the ``area`` (DATA: the data device,
+    META: the device that holds the metadata; with internal metadata both are one device). ``payload``
+    is what a WRITE writes, and where the edge puts a READ's bytes. ``error`` is an errno, 0 is success.
+    The edge answers each operation exactly once, through `Engine.disk_done`.
+    """
+
+    __slots__ = ("area", "error", "flags", "length", "offset", "op", "payload", "volume")
+
+    def __init__(
+        self, op: int, volume: int, offset: int, length: int, payload: Buffer | None = None, flags: int = 0,
+        area: int = DATA,
+    ) -> None:  # fmt: skip
+        self.op = op
+        self.volume = volume
+        self.area = area
+        self.offset = offset
+        self.length = length
+        self.payload = payload
+        self.flags = flags
+        self.error = 0
+
+    def __repr__(self) -> str:
+        area = "META" if self.area else "DATA"
+        return f"<{type(self).__name__} {Op(self.op).name} {area} vol {self.volume} {self.offset}+{self.length} err {self.error}>"
+
+
+class Owner(Protocol):
+    """Whoever made requests: gets each of them back exactly once."""
+
+    def finished(self, batch: list[Request]) -> None: ...
+
+
+class Request(DiskOp):
+    """One client request, from parse to reply. Made by the front end, seen by every layer.
+
+    ``owner`` and ``cookie`` belong to the front end. The machine uses ``waiting`` (bit set of the legs
+    still out), ``block_id`` (its key on the wire), ``epoch`` and ``legs`` (what succeeded so far). A READ's bytes
+    are in ``payload`` when it comes back with ``error`` 0.
+    """
+
+    __slots__ = ("block_id", "cookie", "epoch", "legs", "owner", "waiting")
+
+    def __init__(
+        self, owner: Owner, cookie: Any, op: int, volume: int, offset: int, length: int,
+        payload: Buffer | None = None, flags: int = 0,
+    ) -> None:  # fmt: skip
+        self.op = op
+        self.volume = volume
+        self.area = DATA
+        self.offset = offset
+        self.length = length
+        self.payload = payload
+        self.flags = flags
+        self.error = 0
+        self.owner = owner
+        self.cookie = cookie
+        self.waiting = 0
+        self.block_id = 0
+        self.epoch: Any = None
+        self.legs = 0
+
+
+def split(op: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """The (offset, length) pieces in which one client request enters the machine.
+
+    Reads and writes are cut at multiples of 1 MiB of the device, trims and zeroes at multiples of
+    128 MiB: the largest P_DATA and P_TRIM of protocol 100+. A flush is one piece of no length.
+    """
+    if op == Op.FLUSH:
+        yield 0, 0
+        return
+    limit = IO_MAX if op in (Op.READ, Op.WRITE) else DISCARD_MAX
+    end = offset + length
+    while offset < end:
+        step = min(limit - offset % limit, end - offset)
+        yield offset, step
+        offset += step
