@@ -157,6 +157,7 @@ class ResourceConfig:
     implicit_volume: bool = True
     node_id: int = 0
     peer_node_id: int = 1
+    peer_names: tuple[str, ...] = ()  # all names of the peer's section, the first one is `peer`
 
     def volume(self, number: int) -> VolumeConfig | None:
         return next((v for v in self.volumes if v.number == number), None)

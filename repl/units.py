@@ -31,8 +31,8 @@ def n_bits_of(size: int) -> int:
 
 
 def bits_touched(offset: int, length: int) -> tuple[int, int]:
-    """First and last bit (inclusive) of which any byte lies in the range; *length* > 0."""
-    return offset >> BLOCK_SHIFT, (offset + length - 1) >> BLOCK_SHIFT
+    """First bit and one past the last bit of which any byte lies in the range; *length* > 0."""
+    return offset >> BLOCK_SHIFT, ((offset + length - 1) >> BLOCK_SHIFT) + 1
 
 
 def bits_covered(offset: int, length: int, size: int) -> tuple[int, int]:

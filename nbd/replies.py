@@ -1,0 +1,203 @@
+"""Replies in the three styles a client can negotiate: simple, structured, extended.
+
+`batch` is the hot path: the replies to everything that finished together, as few buffers as possible,
+payloads untouched. The other methods make one rare reply each. A READ is always answered with one data
+chunk, so "do not fragment" is satisfied by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from tandem.repl.requests import Buffer, Op, Request
+
+from .codec import (
+    BASE_ALLOCATION_ID,
+    CHUNK,
+    CHUNK_DONE,
+    DATA_CHUNK,
+    ERROR_DATA,
+    EXTENDED_CHUNK,
+    EXTENDED_DATA_CHUNK,
+    EXTENDED_EXTENT,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_STATUS,
+    EXTENT,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    U32,
+    Chunk,
+    nbd_error,
+)
+
+_READ: Final = int(Op.READ)
+_DATA: Final = int(Chunk.OFFSET_DATA)
+_NONE: Final = int(Chunk.NONE)
+
+Extents = Sequence[tuple[int, int]]
+
+
+class Replies(Protocol):
+    """How one session is answered."""
+
+    def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
+        """The replies to *batch*, and how many bytes of READ and WRITE it had."""
+
+    def success(self, cookie: int, offset: int) -> list[Buffer]:
+        """The reply to a command without data."""
+
+    def error(self, cookie: int, offset: int, error: int, text: str) -> list[Buffer]:
+        """An error of the protocol, with a sentence for clients that take one."""
+
+    def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
+        """The reply to a READ that was carried out in *parts*, in order."""
+
+    def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
+        """The reply to BLOCK_STATUS: the (length, flags) extents of base:allocation."""
+
+
+def _payloads(parts: list[Request]) -> list[Buffer]:
+    payloads = [part.payload for part in parts]
+    return [payload for payload in payloads if payload is not None]
+
+
+class SimpleReplies:
+    """16 bytes, then the data of a READ. There is no room for an error text."""
+
+    def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
+        view = memoryview(bytearray(SIMPLE_REPLY.size * len(batch)))
+        out: list[Buffer] = []
+        pack, append, start, at, n_bytes = SIMPLE_REPLY.pack_into, out.append, 0, 0, 0
+        for r in batch:
+            n_bytes += r.length
+            if r.error:
+                pack(view, at, SIMPLE_REPLY_MAGIC, nbd_error(r.error)[0], r.cookie)
+                at += 16
+                continue
+            pack(view, at, SIMPLE_REPLY_MAGIC, 0, r.cookie)
+            at += 16
+            if r.op == _READ:
+                append(view[start:at])
+                append(r.payload)  # type: ignore[arg-type]  # a READ without error has one
+                start = at
+        if at > start:
+            append(view[start:at])
+        return out, n_bytes
+
+    def success(self, cookie: int, offset: int) -> list[Buffer]:
+        return [SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)]
+
+    def error(self, cookie: int, offset: int, error: int, text: str) -> list[Buffer]:
+        return [SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)]
+
+    def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
+        return [*self.success(cookie, offset), *_payloads(parts)]
+
+    def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
+        raise AssertionError("block status was accepted without structured replies")
+
+
+class StructuredReplies:
+    """Chunks for data and errors; the success of other commands stays a simple reply, which is shorter."""
+
+    def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
+        view = memoryview(bytearray(DATA_CHUNK.size * len(batch)))
+        out: list[Buffer] = []
+        pack, pack_data, append = SIMPLE_REPLY.pack_into, DATA_CHUNK.pack_into, out.append
+        start = at = n_bytes = 0
+        for r in batch:
+            length = r.length
+            n_bytes += length
+            if r.error:
+                if at > start:
+                    append(view[start:at])
+                    start = at
+                out += self.error(r.cookie, r.offset, *nbd_error(r.error))
+            elif r.op == _READ:
+                pack_data(view, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, r.cookie, 8 + length, r.offset)
+                at += 28
+                append(view[start:at])
+                append(r.payload)  # type: ignore[arg-type]  # a READ without error has one
+                start = at
+            else:
+                pack(view, at, SIMPLE_REPLY_MAGIC, 0, r.cookie)
+                at += 16
+        if at > start:
+            append(view[start:at])
+        return out, n_bytes
+
+    def success(self, cookie: int, offset: int) -> list[Buffer]:
+        return [CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _NONE, cookie, 0)]
+
+    def error(self, cookie: int, offset: int, error: int, text: str) -> list[Buffer]:
+        message = text.encode()
+        length = ERROR_DATA.size + len(message)
+        head = CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, Chunk.ERROR, cookie, length)
+        return [head + ERROR_DATA.pack(error, len(message)) + message]
+
+    def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
+        length = 8 + sum(part.length for part in parts)
+        head = DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, length, offset)
+        return [head, *_payloads(parts)]
+
+    def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
+        data = U32.pack(BASE_ALLOCATION_ID) + b"".join(EXTENT.pack(*extent) for extent in extents)
+        return [CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, Chunk.BLOCK_STATUS, cookie, len(data)) + data]
+
+
+class ExtendedReplies:
+    """32-byte chunks for everything, which repeat the offset of the request."""
+
+    def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
+        view = memoryview(bytearray(EXTENDED_DATA_CHUNK.size * len(batch)))
+        pack, pack_data = EXTENDED_CHUNK.pack_into, EXTENDED_DATA_CHUNK.pack_into
+        out: list[Buffer] = []
+        magic, done, start, at, n_bytes = EXTENDED_REPLY_MAGIC, CHUNK_DONE, 0, 0, 0
+        for r in batch:
+            offset, length = r.offset, r.length
+            n_bytes += length
+            if r.error:
+                if at > start:
+                    out.append(view[start:at])
+                    start = at
+                out += self.error(r.cookie, offset, *nbd_error(r.error))
+            elif r.op == _READ:
+                pack_data(view, at, magic, done, _DATA, r.cookie, offset, 8 + length, offset)
+                at += 40
+                out.append(view[start:at])
+                out.append(r.payload)  # type: ignore[arg-type]  # a READ without error has one
+                start = at
+            else:
+                pack(view, at, magic, done, _NONE, r.cookie, offset, 0)
+                at += 32
+        if at > start:
+            out.append(view[start:at])
+        return out, n_bytes
+
+    def success(self, cookie: int, offset: int) -> list[Buffer]:
+        return [EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, CHUNK_DONE, _NONE, cookie, offset, 0)]
+
+    def error(self, cookie: int, offset: int, error: int, text: str) -> list[Buffer]:
+        message = text.encode()
+        length = ERROR_DATA.size + len(message)
+        head = EXTENDED_CHUNK.pack(
+            EXTENDED_REPLY_MAGIC, CHUNK_DONE, Chunk.ERROR, cookie, offset, length
+        )
+        return [head + ERROR_DATA.pack(error, len(message)) + message]
+
+    def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
+        length = 8 + sum(part.length for part in parts)
+        head = EXTENDED_DATA_CHUNK.pack(
+            EXTENDED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, offset, length, offset
+        )
+        return [head, *_payloads(parts)]
+
+    def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
+        data = EXTENDED_STATUS.pack(BASE_ALLOCATION_ID, len(extents))
+        data += b"".join(EXTENDED_EXTENT.pack(*extent) for extent in extents)
+        head = EXTENDED_CHUNK.pack(
+            EXTENDED_REPLY_MAGIC, CHUNK_DONE, Chunk.BLOCK_STATUS_EXT, cookie, offset, len(data)
+        )
+        return [head + data]

@@ -1,0 +1,448 @@
+"""The transmission phase: what has arrived becomes Requests, finished Requests become reply buffers.
+
+One `Transmission` per session; it owns the Requests it makes. `consume` sees everything one receive
+brought, makes one batch of it and submits it once; `finished` packs the replies of a whole batch into one
+list of buffers, sent once. The usual request (a read or write in one piece) is decided by one look into a
+table and a few comparisons; everything else goes through `_unusual`, which is the specification. Requests
+that enter the machine in several pieces are in `slices`.
+
+Pure: the connection is a `Port`. Relies on the volume to answer every Request exactly once.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from tandem.repl.requests import FUA, MAY_UNMAP, Buffer, Op, Request
+from tandem.repl.units import IO_MAX
+
+from .codec import (
+    BLOCK_MIN,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    EXTENTS_MAX,
+    PAYLOAD_MAX,
+    REQUEST,
+    REQUEST_MAGIC,
+    ClientError,
+    Cmd,
+    CmdFlag,
+    NbdError,
+    nbd_error,
+)
+from .replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
+from .slices import PIECES_MAX, Incoming, Sliced
+
+INFLIGHT_BYTES_MAX: Final = 32 << 20  # of one session in the machine: twice what 10 GbE holds in 10 ms
+REQUESTS_MAX: Final = 2048  # of one session unanswered; the Linux client has at most 128
+DISCARD_MAX: Final = 64 << 20  # a longer payload of a refused write is not worth reading
+
+_IO_MASK: Final = IO_MAX - 1
+_ALIGN_MASK: Final = BLOCK_MIN - 1
+_READ: Final = int(Op.READ)
+_WRITE: Final = int(Op.WRITE)
+
+# The flags each command may carry; FUA is good everywhere, DF and PAYLOAD_LEN only where negotiated.
+# Plain integers: the complement of an IntFlag would know only the flags that have names.
+_FLAGS: Final[dict[int, int]] = {
+    Cmd.READ: int(CmdFlag.FUA | CmdFlag.DF),
+    Cmd.WRITE: int(CmdFlag.FUA | CmdFlag.PAYLOAD_LEN),
+    Cmd.FLUSH: int(CmdFlag.FUA),
+    Cmd.TRIM: int(CmdFlag.FUA),
+    Cmd.WRITE_ZEROES: int(CmdFlag.FUA | CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO),
+    Cmd.BLOCK_STATUS: int(CmdFlag.FUA | CmdFlag.REQ_ONE),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StatusQuery:
+    """A BLOCK_STATUS to be answered through `Transmission.status_known`."""
+
+    cookie: int
+    offset: int
+    length: int
+    max_extents: int
+
+
+class Port(Protocol):
+    """What the transmission phase asks of the connection it runs on."""
+
+    def submit(self, batch: list[Request]) -> None:
+        """Hand *batch* to the volume."""
+
+    def send(self, buffers: list[Buffer]) -> None:
+        """Send replies, in order."""
+
+    def ask_status(self, query: StatusQuery) -> None:
+        """Find out what is allocated; `Transmission.status_known` wants the answer."""
+
+    def settled(self) -> None:
+        """Answers were handed over outside `consume`: ``busy`` and ``n_open`` may have fallen."""
+
+
+class Transmission:
+    """The transmission phase of one session.
+
+    ``size`` is the volume's, refreshed by the connection. ``n_open`` counts client requests not answered
+    yet. While ``busy``, the connection is to stop reading; when ``closing`` is set it reads no more and
+    ends as soon as ``n_open`` is 0. Both are to be looked at after `consume` and on `Port.settled`.
+    """
+
+    def __init__(
+        self, port: Port, volume: int, size: int, *,
+        writable: bool = True, structured: bool = False, extended: bool = False, allocation: bool = False,
+    ) -> None:  # fmt: skip
+        self._port = port
+        self._volume = volume
+        self._writable = writable
+        self._structured = structured or extended
+        self._extended = extended
+        self._allocation = allocation
+        self._header = EXTENDED_REQUEST if extended else REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        self._usual = self._usual_heads()
+        self._incoming: Incoming | None = None  # the write whose payload is arriving
+        self._room = INFLIGHT_BYTES_MAX  # bytes of READ and WRITE that may still enter the machine
+        self._held: deque[Request | Sliced] = deque()  # reads that wait for room
+        self._answers: list[Buffer] = []  # replies made while parsing
+        self._within = False  # consume or _refill is further up the stack and will see to the rest
+        self._gone = False  # the client is not there any more: answers have nowhere to go
+        self._replies: Replies = SimpleReplies()
+        if extended:
+            self._replies = ExtendedReplies()
+        elif structured:
+            self._replies = StructuredReplies()
+        self.size = size
+        self.n_open = 0
+        self.closing = False
+
+    def _usual_heads(self) -> dict[int, tuple[int, int]]:
+        """First eight bytes of a request -> (Op, flags), for reads and writes without peculiarities."""
+        magic = self._magic << 32
+        payload_len = CmdFlag.PAYLOAD_LEN << 16 if self._extended else 0
+        fua = CmdFlag.FUA << 16
+        heads = {magic | Cmd.READ: (_READ, 0), magic | fua | Cmd.READ: (_READ, 0)}
+        if self._structured:  # a reply has at most one data chunk, so DF asks for nothing more
+            heads[magic | CmdFlag.DF << 16 | Cmd.READ] = (_READ, 0)
+        if self._writable:
+            heads[magic | payload_len | Cmd.WRITE] = (_WRITE, 0)
+            heads[magic | payload_len | fua | Cmd.WRITE] = (_WRITE, FUA)
+        return heads
+
+    @property
+    def busy(self) -> bool:
+        return self._room <= 0 or bool(self._held) or self.n_open >= REQUESTS_MAX
+
+    def close(self) -> None:
+        """Read no more; what was read is still carried out and answered."""
+        self.closing = True
+        incoming, self._incoming = self._incoming, None
+        if incoming is None:
+            return
+        if incoming.parent is None:
+            self.n_open -= 1
+        else:  # the rest of its payload will never be seen
+            incoming.parent.error = incoming.parent.error or errno.ESHUTDOWN
+            incoming.parent.exhausted = True
+            self._advance(incoming.parent)
+
+    def abandon(self) -> None:
+        """The client has gone: start nothing more and make no answers, but wait for what was started."""
+        self._gone = True
+        self.close()
+        for held in self._held:
+            if isinstance(held, Request):
+                self.n_open -= 1
+            elif not held.exhausted:
+                held.exhausted = True
+                self.n_open -= not held.n_out
+        self._held.clear()
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def consume(self, view: memoryview) -> int:
+        """Take every complete request at the start of *view*; return their bytes.
+
+        Raises ClientError when a request has no magic, or a payload too long to read past.
+        """
+        batch: list[Request] = []
+        self._within = True
+        try:
+            return self._parse(view, batch)
+        finally:  # what came before any nonsense is carried out all the same
+            if self._answers:
+                answers, self._answers = self._answers, []
+                self._port.send(answers)
+            if batch:
+                self._port.submit(batch)
+            self._within = False
+            if self._held and self._room > 0:
+                self._refill()
+
+    def need(self, rest: memoryview) -> int:
+        """The length of the incomplete request, or piece of a payload, that starts with *rest*."""
+        if self._incoming is not None:
+            return self._incoming.next_length()
+        size = self._header.size
+        if len(rest) < size:
+            return size
+        return size + int(self._header.unpack_from(rest)[3])
+
+    def _parse(self, view: memoryview, batch: list[Request]) -> int:
+        at, end, n, room = 0, len(view), 0, self._room
+        unpack, header, usual = self._header.unpack_from, self._header.size, self._usual
+        size, volume = self.size, self._volume
+        if self.closing:
+            return end
+        if self._incoming is not None:
+            at = self._receive_payload(view, 0, batch)
+            if self._incoming is not None:
+                return at
+            room = self._room
+        while end - at >= header:
+            head, cookie, offset, length = unpack(view, at)
+            found = usual.get(head)
+            if (
+                found is None
+                or (offset | length) & _ALIGN_MASK
+                or not length
+                or (offset & _IO_MASK) + length > IO_MAX
+                or offset + length > size
+            ):
+                self.n_open += n
+                n, self._room = 0, room
+                at = self._unusual(view, at, head, cookie, offset, length, batch)
+                room = self._room
+                if self._incoming is not None or self.closing:
+                    return at
+                continue
+            op, flags = found
+            if op == _WRITE:
+                begin, after = at + header, at + header + length
+                if after > end:
+                    break
+                at = after
+                batch.append(Request(self, cookie, _WRITE, volume, offset, length, view[begin:at], flags))
+            elif room > 0:
+                at += header
+                batch.append(Request(self, cookie, _READ, volume, offset, length, None, flags))
+            else:
+                at += header
+                n += 1
+                self._held.append(Request(self, cookie, _READ, volume, offset, length, None, flags))
+                continue
+            n += 1
+            room -= length
+        self.n_open += n
+        self._room = room
+        return at
+
+    def _unusual(
+        self, view: memoryview, at: int, head: int, cookie: int, offset: int, length: int,
+        batch: list[Request],
+    ) -> int:  # fmt: skip
+        """Handle the request at *at*, whatever it is; return where the next one starts."""
+        if head >> 32 != self._magic:
+            raise ClientError(f"a request starts with 0x{head >> 32:08x} instead of 0x{self._magic:08x}")
+        flags, command = head >> 16 & 0xFFFF, head & 0xFFFF
+        at += self._header.size
+        if command == Cmd.DISC:
+            self.closing = True
+            return len(view)
+        self.n_open += 1
+        problem = self._problem(command, flags, offset, length)
+        if command == Cmd.WRITE or (self._extended and flags & CmdFlag.PAYLOAD_LEN):
+            return self._unusual_payload(view, at, cookie, offset, length, flags, problem, batch)
+        if problem is not None:
+            self._answers += self._replies.error(cookie, offset, *problem)
+            self.n_open -= 1
+        elif command == Cmd.FLUSH:
+            batch.append(Request(self, cookie, int(Op.FLUSH), self._volume, 0, 0))
+        elif command == Cmd.BLOCK_STATUS:
+            n_max = 1 if flags & CmdFlag.REQ_ONE else EXTENTS_MAX
+            self._port.ask_status(StatusQuery(cookie, offset, length, n_max))
+        elif not length:
+            self._answers += self._replies.success(cookie, offset)
+            self.n_open -= 1
+        elif command == Cmd.READ:
+            self._held.append(self._sliced(cookie, Op.READ, offset, length, 0))
+        else:
+            engine_flags = FUA if flags & CmdFlag.FUA else 0
+            op = Op.TRIM
+            if command == Cmd.WRITE_ZEROES:
+                op = Op.ZEROES
+                engine_flags |= 0 if flags & CmdFlag.NO_HOLE else MAY_UNMAP
+            parent = self._sliced(cookie, op, offset, length, engine_flags)
+            batch += self._pieces(parent)
+        return at
+
+    def _sliced(self, cookie: int, op: int, offset: int, length: int, flags: int) -> Sliced:
+        return Sliced(self._pieces_done, cookie, int(op), self._volume, offset, length, flags)
+
+    def _problem(self, command: int, flags: int, offset: int, length: int) -> tuple[NbdError, str] | None:
+        """Why a request is refused, or None. Nothing is started and nothing changed for a refused one."""
+        allowed = _FLAGS.get(command)
+        if allowed is None:
+            return NbdError.EINVAL, f"Command {command} is not supported."
+        if flags & ~allowed:
+            return NbdError.EINVAL, f"Command {command} does not take flags 0x{flags & ~allowed:x}."
+        if flags & CmdFlag.DF and not self._structured:
+            return NbdError.EINVAL, "DF needs structured replies."
+        if command == Cmd.WRITE and bool(flags & CmdFlag.PAYLOAD_LEN) is not self._extended:
+            return NbdError.EINVAL, "A write carries PAYLOAD_LEN exactly when headers are extended."
+        if command == Cmd.FLUSH:
+            return None
+        changes = command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES)
+        if changes and not self._writable:
+            return NbdError.EPERM, "This export is read-only."
+        if offset + length > self.size:
+            error = NbdError.ENOSPC if command in (Cmd.WRITE, Cmd.WRITE_ZEROES) else NbdError.EINVAL
+            return error, f"The request ends at {offset + length}, the volume at {self.size}."
+        if (offset | length) & _ALIGN_MASK:
+            return NbdError.EINVAL, f"Offset {offset} and length {length} must be multiples of {BLOCK_MIN}."
+        if command in (Cmd.READ, Cmd.WRITE) and length > PAYLOAD_MAX:
+            return NbdError.EINVAL, f"{length} bytes at once are more than {PAYLOAD_MAX}."
+        if command == Cmd.WRITE_ZEROES and flags & CmdFlag.FAST_ZERO:
+            return NbdError.ENOTSUP, "Zeroing a mirror may take as long as writing it."
+        if command == Cmd.BLOCK_STATUS and not (self._allocation and length):
+            return NbdError.EINVAL, "Block status needs a metadata context and a length."
+        return None
+
+    # ------------------------------------------------------------------------------------ payloads
+
+    def _unusual_payload(
+        self, view: memoryview, at: int, cookie: int, offset: int, length: int, flags: int,
+        problem: tuple[NbdError, str] | None, batch: list[Request],
+    ) -> int:  # fmt: skip
+        """A payload that is to be sliced, or read past because the request is refused or empty."""
+        if length > DISCARD_MAX:
+            self.n_open -= 1
+            raise ClientError(f"a payload of {length} bytes")
+        if problem is not None or not length:
+            replies = self._replies
+            answer = replies.error(cookie, offset, *problem) if problem else replies.success(cookie, offset)
+            self._incoming = Incoming(None, 0, length, answer[0])
+        else:
+            parent = self._sliced(cookie, Op.WRITE, offset, length, FUA if flags & CmdFlag.FUA else 0)
+            self._incoming = Incoming(parent, offset, length)
+        return self._receive_payload(view, at, batch)
+
+    def _receive_payload(self, view: memoryview, at: int, batch: list[Request]) -> int:
+        """Take what has arrived of the payload in progress; return where it ends for now."""
+        incoming = self._incoming
+        assert incoming is not None
+        while incoming.left:
+            taken, piece = incoming.take(view[at:])
+            if not taken:
+                return at
+            at += taken
+            if piece is not None:
+                self._room -= piece.length
+                batch.append(piece)
+        self._incoming = None
+        if incoming.parent is None:
+            self._answers.append(incoming.answer)
+            self.n_open -= 1
+        else:
+            self._advance(incoming.parent)
+        return at
+
+    # ------------------------------------------------------------------------------------ pieces
+
+    @staticmethod
+    def _pieces(parent: Sliced) -> list[Request]:
+        """As many pieces of a trim or zeroes as may be in the machine at once."""
+        pieces: list[Request] = []
+        while parent.n_out < PIECES_MAX and (piece := parent.next_piece()) is not None:
+            pieces.append(piece)
+        return pieces
+
+    def _pieces_done(self, parent: Sliced, batch: list[Request]) -> None:
+        """Pieces of *parent* came back."""
+        if parent.op <= _WRITE:
+            self._room += sum(piece.length for piece in batch)
+        self._advance(parent)
+        self._settle()
+
+    def _advance(self, parent: Sliced) -> None:
+        """Start further pieces of a trim or zeroes, and answer the client when all are done."""
+        if parent.advancing:  # the volume answered before submit returned; the loop below goes on
+            return
+        if self._gone:
+            parent.exhausted = True
+        if parent.op > _WRITE:
+            parent.advancing = True
+            while pieces := self._pieces(parent):
+                self._port.submit(pieces)
+            parent.advancing = False
+        if not parent.complete:
+            return
+        self.n_open -= 1
+        if self._gone:
+            return
+        if parent.error:
+            answer = self._replies.error(parent.cookie, parent.offset, *nbd_error(parent.error))
+        elif parent.op == _READ:
+            answer = self._replies.data(parent.cookie, parent.offset, parent.parts)
+        else:
+            answer = self._replies.success(parent.cookie, parent.offset)
+        self._port.send(answer)
+
+    def _refill(self) -> None:
+        """Let held reads into the machine as far as there is room."""
+        self._within = True
+        held = self._held
+        while held and self._room > 0:
+            batch: list[Request] = []
+            while held and self._room > 0:
+                first = held[0]
+                piece = first if isinstance(first, Request) else first.next_piece()
+                if isinstance(first, Request) or first.exhausted:
+                    held.popleft()
+                if piece is not None:
+                    self._room -= piece.length
+                    batch.append(piece)
+            if batch:
+                self._port.submit(batch)
+        self._within = False
+
+    # ------------------------------------------------------------------------------------ answers
+
+    def finished(self, batch: list[Request]) -> None:
+        """The volume is done with *batch*: answer the client, once for all of it."""
+        self.n_open -= len(batch)
+        assert self.n_open >= 0, "a request was answered twice"
+        buffers, n_bytes = self._replies.batch(batch)
+        self._room += n_bytes
+        if not self._gone:
+            self._port.send(buffers)
+        self._settle()
+
+    def status_known(self, query: StatusQuery, extents: Sequence[tuple[int, int]]) -> None:
+        """Answer *query* with what `Volume.allocation` found; without extents nothing is promised."""
+        merged: list[tuple[int, int]] = []
+        left = query.length
+        for length, flags in extents or ((query.length, 0),):
+            length = min(length, left)
+            if merged and merged[-1][1] == flags:
+                merged[-1] = (merged[-1][0] + length, flags)
+            elif len(merged) < query.max_extents and length > 0:
+                merged.append((length, flags))
+            else:
+                break
+            left -= length
+        self.n_open -= 1
+        if not self._gone:
+            self._port.send(self._replies.status(query.cookie, query.offset, merged or [(query.length, 0)]))
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._within:
+            return
+        if self._held and self._room > 0:
+            self._refill()
+        self._port.settled()

@@ -1,0 +1,158 @@
+"""What follows from a state change, computed from the state before and the state after.
+
+Every consequence of a transition is here, in one order: generations and flags, then what the peer is told,
+then the sequences that begin or end. Source: drbd_state.c, after_state_ch; wire tables of the state packets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from .states import ConnState, DiskState, Role, State
+from .volume import Volume
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+C = ConnState
+D = DiskState
+
+PAUSABLE: Final = frozenset((C.SYNC_SOURCE, C.SYNC_TARGET, C.PAUSED_SYNC_S, C.PAUSED_SYNC_T))
+
+
+def lost_peer_data(old: State, new: State) -> bool:
+    """Did this side just lose sight of the peer's copy?"""
+    had = old.pdsk in (D.INCONSISTENT, D.CONSISTENT, D.UP_TO_DATE)
+    lost = new.pdsk < D.INCONSISTENT or new.pdsk in (D.D_UNKNOWN, D.OUTDATED)
+    knew_nothing = old.pdsk == D.D_UNKNOWN and new.pdsk in (D.DISKLESS, D.FAILED, D.OUTDATED)
+    return (had and lost) or knew_nothing
+
+
+def follow(e: Engine, vol: Volume, old: State, new: State, *, tell_peer: bool) -> None:
+    """Carry out what follows from *vol* having gone from *old* to *new*."""
+    _generations(e, vol, old, new)
+    _flags(e, vol, new)
+    if vol.state is not new:
+        return
+    if e.connected and new.conn > C.WF_REPORT_PARAMS:
+        if tell_peer:
+            _tell_peer(e, vol, old, new)
+        e.mirror.close_epoch()
+    if old.pdsk >= D.INCONSISTENT > new.pdsk and new.connected:
+        e.mirror.log_out_of_sync(vol)
+    _sequences(e, vol, old, new)
+    _disk(e, vol, old, new)
+    if new.role == Role.PRIMARY and _no_data(new) and not (old.role == Role.PRIMARY and _no_data(old)):
+        e.run_handler("pri-on-incon-degr", vol, None)
+    if not vol.state.suspended:
+        if old.suspended:
+            e.mirror.release_gated(vol)
+        if vol.held:
+            e.mirror.release_held(vol)
+
+
+def _no_data(s: State) -> bool:
+    return s.disk < D.UP_TO_DATE and s.pdsk < D.UP_TO_DATE
+
+
+def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
+    """The role bit, the end of the log's suspension, and new generations."""
+    if old.role != new.role and vol.attached:
+        vol.uuids = vol.uuids.with_role(new.role == Role.PRIMARY)
+    if new.connected and vol.al_suspended:
+        vol.al_suspended = False
+        vol.refresh()
+    if new.disk == D.UP_TO_DATE and not vol.uuids.bitmap:
+        peer_writes_here = (
+            old.peer != Role.PRIMARY and new.peer == Role.PRIMARY and new.pdsk < D.INCONSISTENT
+        )
+        primary = Role.PRIMARY in (new.role, new.peer)
+        if (primary and lost_peer_data(old, new)) or peer_writes_here:
+            if new.suspended:
+                vol.new_current_pending = True
+            else:
+                e.start_new_generation(vol)
+                if new.connected and e.connected:
+                    e.peer.send_uuids(vol)
+    if new.disk == D.UP_TO_DATE:
+        vol.exposed = vol.uuids.current & ~1
+
+
+def _flags(e: Engine, vol: Volume, new: State) -> None:
+    """The superblock's flags are a function of the state; a change of them is written."""
+    if vol.attached and new.disk >= D.INCONSISTENT:
+        flags = vol.flags()
+        if flags != vol.last_flags:
+            vol.last_flags = flags
+            e.write_superblock(vol, None)
+    if new.disk == new.pdsk == D.UP_TO_DATE:
+        vol.crashed_primary = False  # after the flags, as in DRBD: it leaves the disk with the next change
+
+
+def _tell_peer(e: Engine, vol: Volume, old: State, new: State) -> None:
+    """P_SIZES, P_UUIDS and P_STATE as the tables of the protocol demand."""
+    peer = e.peer
+    attached_now = old.disk == D.ATTACHING and new.disk == D.NEGOTIATING
+    peer_attached = old.pdsk == D.DISKLESS and new.pdsk not in (D.DISKLESS, D.D_UNKNOWN)
+    if attached_now:
+        peer.send_sizes(vol, 0)
+        peer.send_uuids(vol)
+        peer.send_state(vol)
+    elif peer_attached:
+        peer.send_uuids(vol)
+        peer.send_state(vol)
+    elif (
+        (old.conn == C.WF_REPORT_PARAMS and new.connected)
+        or (old.disk != new.disk and new.disk in (D.FAILED, D.DISKLESS))
+        or old.aftr_isp != new.aftr_isp
+        or old.user_isp != new.user_isp
+        or (old.conn != C.AHEAD and new.conn == C.AHEAD)
+        or (old.disk < D.UP_TO_DATE and old.conn >= C.SYNC_SOURCE and new.conn == C.CONNECTED)
+    ):
+        peer.send_state(vol)
+
+
+def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
+    """Bitmap exchange, resync, pause: what a connection state begins or ends."""
+    if old.conn == new.conn:
+        return
+    resync = e.resync
+    if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and (vol.target or vol.source):
+        resync.aborted(vol)
+    if new.conn < C.CONNECTED:
+        vol.pending_sync_uuid = None
+    match new.conn:
+        case C.WF_BITMAP_S:
+            resync.enter_bitmap_source(vol)
+        case C.WF_BITMAP_T:
+            resync.enter_bitmap_target(vol)
+        case C.STARTING_SYNC_S:
+            e.disks.set_all(vol, lambda: _set_all_done(e, vol, C.STARTING_SYNC_S))
+        case C.STARTING_SYNC_T:
+            e.disks.set_all(vol, lambda: _set_all_done(e, vol, C.STARTING_SYNC_T))
+        case C.WF_SYNC_UUID:
+            if vol.pending_sync_uuid is not None:
+                sync_uuid, vol.pending_sync_uuid = vol.pending_sync_uuid, None
+                resync.receive_sync_uuid(vol, sync_uuid)
+        case _:
+            if old.conn in PAUSABLE and new.conn in PAUSABLE:
+                resync.pause_changed(vol)
+
+
+def _set_all_done(e: Engine, vol: Volume, conn: ConnState) -> None:
+    if vol.state.conn != conn:
+        return
+    if conn == C.STARTING_SYNC_S:
+        e.resync.start_source(vol)
+    else:
+        e.change(vol, replace(vol.state, conn=C.WF_SYNC_UUID), hard=True)
+
+
+def _disk(e: Engine, vol: Volume, old: State, new: State) -> None:
+    """A disk on its way out leaves once nothing is in flight on it."""
+    if new.disk == D.DISKLESS and old.disk not in (D.DISKLESS, D.FAILED, D.ATTACHING):
+        vol.state = replace(new, disk=D.FAILED)  # a decision against it; the operations still out come first
+        vol.refresh()
+    if vol.state.disk == D.FAILED and old.disk != D.FAILED:
+        e.disks.local_idle(vol)

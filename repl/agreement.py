@@ -1,0 +1,77 @@
+"""State changes both nodes must agree to: one asks, the other decides by its own rules and answers.
+
+Source: drbd_state.c (cl_wide_st_chg, drbd_req_state), drbd_receiver.c (receive_req_state,
+receive_req_conn_state, got_RqSReply).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .errors import Refusal
+from .states import ConnState, State
+from .transition import peer_request
+from .volume import Volume
+from .wire import pack_state_change, pack_state_reply
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+CONCURRENT = -19
+SUCCESS = 1
+LOST = 0  # the connection went before the answer came
+
+
+class Agreement:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self._pending: dict[int | None, Callable[[int], None]] = {}
+
+    def busy(self, vol: Volume | None) -> bool:
+        return (vol.number if vol else None) in self._pending
+
+    def ask(self, vol: Volume | None, mask: int, val: int, then: Callable[[int], None]) -> None:
+        """Ask the peer; *then* gets its code (>= 1: agreed) or LOST. One request per volume at a time."""
+        key = vol.number if vol else None
+        assert key not in self._pending
+        self._pending[key] = then
+        self.e.out.data.append(pack_state_change(mask, val, vol.number if vol else 0, vol is None))
+
+    def replied(self, vol: Volume | None, code: int) -> None:
+        then = self._pending.pop(vol.number if vol else None, None)
+        if then:
+            then(code)
+
+    def connection_lost(self) -> None:
+        pending, self._pending = self._pending, {}
+        for then in pending.values():
+            then(LOST)
+
+    def requested(self, vol: Volume | None, mask: int, val: int) -> None:
+        """P_STATE_CHG_REQ (a volume's) or P_CONN_ST_CHG_REQ (*vol* None) from the peer."""
+        if self.e.link.resolver and self.busy(vol):
+            self._reply(vol, CONCURRENT)
+            return
+        volumes = [vol] if vol else list(self.e.volumes.values())
+        wanted: list[tuple[Volume, State]] = []
+        for v in volumes:
+            result = peer_request(v.state, mask, val, self.e.facts(v), connection=vol is None)
+            if isinstance(result, Refusal):
+                self._reply(vol, result.code)
+                return
+            wanted.append((v, result))
+        self._reply(vol, SUCCESS)
+        if vol is None and wanted[0][1].conn == ConnState.TEAR_DOWN:
+            for v, new in wanted:
+                if new.disk != v.state.disk:
+                    self.e.apply(v, replace(v.state, disk=new.disk), why="the peer asked for it")
+            self.e.drop(ConnState.TEAR_DOWN, "the peer disconnected")
+            return
+        for v, new in wanted:
+            self.e.apply(v, new, why="agreed with the peer")
+
+    def _reply(self, vol: Volume | None, code: int) -> None:
+        self.e.out.meta.append(pack_state_reply(code, vol.number if vol else 0, vol is None))
+

@@ -1,0 +1,450 @@
+"""The administrator's commands, each one a short story told in order.
+
+A command is a generator: it yields when it must wait (for the peer's consent, a handler, durable metadata)
+and is resumed with the answer. It returns a `Refusal`, or None when it is done. Refusals carry DRBD's
+numbers and sentences. Source: drbd_nl.c, drbd_set_role, drbd_adm_*, conn_try_disconnect, adm_detach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .agreement import SUCCESS
+from .errors import Refusal
+from .events import Answer, Command, ProbeSize
+from .states import ConnState, DiskState, Role
+from .transition import change, needs_agreement, refusal
+from .uuids import UuidSet
+from .volume import Volume
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+Wait = Callable[[Callable[[Any], None]], None]  # registers who is to be resumed, with a value
+Story = Generator[Wait, Any, "Refusal | None"]
+
+MASKS = {"role": 0x3, "conn": 0x1F0, "disk": 0x1E00, "pdsk": 0x1E000}
+TRIES = 4
+
+
+class Commands:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self._stories: dict[str, Callable[[Command], Story]] = {
+            "attach": self._attach, "detach": self._detach, "connect": self._connect,
+            "disconnect": self._disconnect, "primary": self._primary, "secondary": self._secondary,
+            "invalidate": self._invalidate, "invalidate-remote": self._invalidate_remote,
+            "outdate": self._outdate, "pause-sync": self._pause_sync, "resume-sync": self._resume_sync,
+            "suspend-io": self._suspend_io, "resume-io": self._resume_io,
+            "new-current-uuid": self._new_current_uuid, "resize": self._resize, "verify": self._verify,
+            "down": self._down,
+        }  # fmt: skip
+
+    def run(self, command: Command) -> None:
+        story = self._stories.get(command.name)
+        if story is None:
+            self.e.out.effects.append(
+                Answer(command.ticket, Refusal(162, "Invalid configuration request", f"no command {command.name}"))
+            )
+        else:
+            self._step(command.ticket, story(command), None)
+
+    def _step(self, ticket: int, story: Story, value: Any) -> None:
+        try:
+            wait = story.send(value)
+        except StopIteration as stop:
+            self.e.out.effects.append(Answer(ticket, stop.value))
+        else:
+            wait(lambda value: self._step(ticket, story, value))
+
+    def _volumes(self, command: Command) -> list[Volume]:
+        if command.volume is None:
+            return [self.e.volumes[n] for n in sorted(self.e.volumes)]
+        return [self.e.volumes[command.volume]]
+
+    # ------------------------------------------------------------------------------ asking
+
+    def _ask(self, vol: Volume, **wish: Any) -> Generator[Wait, Any, int]:
+        """Change one volume's state, with the peer's consent where it is needed; returns DRBD's code."""
+        while True:
+            old = vol.state
+            new = replace(old, **wish)
+            checked = change(old, new, self.e.facts(vol))
+            if isinstance(checked, Refusal):
+                if checked.code != -18:
+                    return checked.code
+                yield self.e.next_change  # a transient state: try again when it has passed
+                continue
+            if needs_agreement(old, new):
+                if self.e.agreement.busy(vol):
+                    yield self.e.next_change
+                    continue
+                mask, val = 0, 0
+                for name in wish:
+                    mask |= MASKS[name]
+                    val |= new.word() & MASKS[name]
+                code = yield lambda resume, m=mask, v=val: self.e.agreement.ask(vol, m, v, resume)  # type: ignore[misc]
+                if code == 0:
+                    continue  # the connection went meanwhile: judge by the new state
+                if code == -18:
+                    yield self.e.next_change
+                    continue
+                if code < SUCCESS:
+                    self.peer_code = code
+                    return -10
+            result = self.e.change(vol, replace(vol.state, **wish))
+            if isinstance(result, Refusal):
+                if result.code == -18:
+                    yield self.e.next_change
+                    continue
+                return result.code
+            return SUCCESS
+
+    @staticmethod
+    def _has_disk(vol: Volume) -> bool:
+        return vol.state.disk != DiskState.DISKLESS
+
+    def _durable(self, vol: Volume) -> Wait:
+        return lambda resume: self.e.write_superblock(vol, resume)
+
+    @staticmethod
+    def _refuse(code: int, *info: str) -> Refusal | None:
+        return None if code >= SUCCESS else refusal(code, *info)
+
+    # ------------------------------------------------------------------------------ disk
+
+    def _attach(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            if vol.state.disk != DiskState.DISKLESS:
+                return Refusal(124, "Device is attached to a disk (use detach first)")
+            if not vol.config.disk:
+                continue
+            refused: Refusal | None = yield lambda resume, v=vol: self.e.disks.attach(v, resume)  # type: ignore[misc]
+            if refused:
+                return refused
+        return None
+
+    def _detach(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            if vol.state.disk == DiskState.DISKLESS:
+                continue
+            if command.args.get("force"):
+                self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="detach --force")
+            else:
+                trial = change(vol.state, replace(vol.state, disk=DiskState.FAILED), self.e.facts(vol))
+                if isinstance(trial, Refusal):
+                    return trial
+                if vol.meta is not None and vol.state.role != Role.PRIMARY:
+                    # No application write can come any more; mirrored ones may, until the peer has agreed.
+                    yield lambda resume, v=vol: v.meta.write_changed(resume)  # type: ignore[misc]
+                code = yield from self._ask(vol, disk=DiskState.FAILED)
+                if code < SUCCESS:
+                    return refusal(code)
+            while self._has_disk(vol):
+                yield self.e.next_change
+        return None
+
+    def _resize(self, command: Command) -> Story:
+        args = command.args
+        for vol in self._volumes(command):
+            s = vol.state
+            if s.conn > ConnState.CONNECTED:
+                return Refusal(130, "Resize not allowed during resync.", "Wait for it: tandemadm wait-sync")
+            if Role.PRIMARY not in (s.role, s.peer):
+                return Refusal(131, "Need one Primary node to resize.", "Promote one: tandemadm primary")
+            if not vol.attached:
+                return Refusal(138, "Device does not have a disk-config", "Attach its disk first")
+            if args.get("size"):
+                disk = replace(vol.config.disk_options, size=int(args["size"]))
+                vol.config = replace(vol.config, disk_options=disk)
+            ticket = self.e.new_ticket()
+            grown = yield lambda resume, t=ticket, v=vol: self._probe(t, v, resume)  # type: ignore[misc]
+            if isinstance(grown, Refusal):
+                return grown
+            refused = yield lambda resume, v=vol, g=grown: self.e.disks.grow(  # type: ignore[misc]
+                v, g.data_size, g.meta_size, bool(args.get("assume_clean")), resume
+            )
+            if refused:
+                return refused  # type: ignore[no-any-return]
+        return None
+
+    def _probe(self, ticket: int, vol: Volume, resume: Callable[[Any], None]) -> None:
+        self.e.probes[ticket] = resume
+        self.e.out.effects.append(ProbeSize(ticket, vol.number))
+
+    # ------------------------------------------------------------------------------ connection
+
+    def _connect(self, command: Command) -> Story:
+        if self.e.cstate != ConnState.STAND_ALONE:
+            return Refusal(102, "Local address(port) already in use.", "The resource is connected or connecting")
+        discard = bool(command.args.get("discard_my_data"))
+        if discard and any(v.state.role == Role.PRIMARY for v in self.e.volumes.values()):
+            return Refusal(123, "--discard-my-data not allowed when primary.", "Demote this node first")
+        refused = self.e.check_config()
+        if refused:
+            return refused
+        self.e.link.discard_my_data = discard
+        self.e.link.tentative = self.e.tentative = bool(command.args.get("tentative"))
+        self.e.start_connecting()
+        return None
+        yield
+
+    def _disconnect(self, command: Command) -> Story:
+        if self.e.cstate == ConnState.STAND_ALONE:
+            return Refusal(162, "Invalid configuration request", "It is StandAlone already", ("unknown connection",))
+        if command.args.get("force") or self.e.cstate < ConnState.CONNECTED:
+            self.e.stand_alone("")
+            return None
+        wishes: tuple[dict[str, Any], ...] = ({}, {"disk": DiskState.OUTDATED}, {"pdsk": DiskState.OUTDATED})
+        extra = wishes[0]
+        for _ in range(TRIES):
+            codes = [
+                change(v.state, replace(v.state, conn=ConnState.DISCONNECTING, **extra), self.e.facts(v))
+                for v in self.e.volumes.values()
+            ]
+            bad = next((c for c in codes if isinstance(c, Refusal)), None)
+            if bad is not None and bad.code == -7 and not extra:
+                extra = wishes[2]
+                continue
+            if bad is not None and bad.code == -18:
+                yield self.e.next_change
+                continue
+            if bad is not None and bad.code in (-16, -9):
+                break
+            if bad is not None:
+                return bad
+            mask, val = MASKS["conn"], ConnState.DISCONNECTING << 4
+            if "disk" in extra:
+                mask, val = mask | MASKS["disk"], val | DiskState.OUTDATED << 9
+            if "pdsk" in extra:
+                mask, val = mask | MASKS["pdsk"], val | DiskState.OUTDATED << 13
+            self.e.disconnecting = True
+            code = yield lambda resume, m=mask, v=val: self.e.agreement.ask(None, m, v, resume)  # type: ignore[misc]
+            self.e.disconnecting = False
+            if code == -7 and not extra:
+                extra = wishes[1]
+                continue
+            if code == -19:
+                yield self.e.next_change
+                continue
+            if code < 0:
+                return refusal(-10, f"peer: ({code})")
+            break
+        for vol in self.e.volumes.values():
+            if extra:
+                self.e.change(vol, replace(vol.state, **extra), hard=True, why="fenced by disconnecting")
+        self.e.stand_alone("")
+        return None
+
+    # ------------------------------------------------------------------------------ role
+
+    def _primary(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            refused = yield from self._promote(vol, bool(command.args.get("force")))
+            if refused:
+                return refused
+        return None
+
+    def _promote(self, vol: Volume, force: bool) -> Story:
+        if vol.state.role == Role.PRIMARY:
+            return None
+        extra: dict[str, Any] = {}
+        forced = waited = False
+        code = 0
+        if self.e.connected:
+            self.e.liveness.ping()
+        for _ in range(TRIES + 2):
+            code = yield from self._ask(vol, role=Role.PRIMARY, **extra)
+            disk = vol.state.disk
+            if code >= SUCCESS:
+                break
+            if code == -2 and force and DiskState.INCONSISTENT <= disk < DiskState.UP_TO_DATE and "disk" not in extra:
+                extra["disk"] = DiskState.UP_TO_DATE
+                forced = True
+            elif code == -2 and disk == DiskState.CONSISTENT and "disk" not in extra:
+                if not (yield self.e.fencing.fence):
+                    break
+                extra["disk"] = DiskState.UP_TO_DATE
+            elif code == -7 and "pdsk" not in extra:
+                if not (yield self.e.fencing.fence):
+                    if not force:
+                        break
+                    extra["pdsk"] = DiskState.OUTDATED
+            elif code == -1 and not waited:
+                waited = True
+                yield lambda resume: self.e.after(self.e.config.net.ping_timeout / 10 + 0.1, resume)
+            elif code == -10 and "pdsk" in extra:
+                del extra["pdsk"]
+            else:
+                break
+        if code < SUCCESS:
+            return refusal(code)
+        yield from self._promoted(vol, forced)
+        return None
+
+    def _promoted(self, vol: Volume, forced: bool) -> Generator[Wait, Any, None]:
+        """The new Primary's generation, on disk before the first write may start."""
+        s = vol.state
+        vol.discard_my_data = False
+        alone = not s.connected or s.pdsk <= DiskState.FAILED
+        if vol.attached:
+            if forced or (alone and not vol.uuids.bitmap):
+                self.e.new_current(vol)
+            vol.io_holds += 1
+            vol.refresh()
+            yield self._durable(vol)
+            vol.io_holds -= 1
+            vol.refresh()
+            self.e.mirror.release_held(vol)
+        if vol.state.connected:
+            if forced:
+                self.e.peer.send_uuids(vol)
+            self.e.peer.send_state(vol)
+
+    def _secondary(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            if vol.state.role == Role.SECONDARY:
+                continue
+            code = yield from self._ask(vol, role=Role.SECONDARY)
+            if code < SUCCESS:
+                return refusal(code)
+            if vol.state.connected:
+                self.e.peer.send_state(vol)
+            if vol.meta is not None:
+                yield lambda resume, v=vol: v.meta.write_changed(resume)  # type: ignore[misc]
+        return None
+
+    # ------------------------------------------------------------------------------ data
+
+    def _invalidate(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            s = vol.state
+            if s.conn == ConnState.STAND_ALONE and s.role == Role.SECONDARY and vol.attached:
+                yield lambda resume, v=vol: self.e.disks.set_all(v, lambda: resume(True))  # type: ignore[misc]
+                self.e.change(vol, replace(vol.state, disk=DiskState.INCONSISTENT), hard=True, why="invalidated")
+                yield self._durable(vol)
+                continue
+            code = yield from self._ask(vol, conn=ConnState.STARTING_SYNC_T)
+            if code < SUCCESS:
+                return refusal(code)
+        return None
+
+    def _invalidate_remote(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            s = vol.state
+            if s.conn == ConnState.STAND_ALONE and s.role == Role.PRIMARY and vol.attached:
+                yield lambda resume, v=vol: self.e.disks.set_all(v, lambda: resume(True))  # type: ignore[misc]
+                vol.al_suspended = True
+                vol.refresh()
+                continue
+            code = yield from self._ask(vol, conn=ConnState.STARTING_SYNC_S)
+            if code < SUCCESS:
+                return refusal(code)
+        return None
+
+    def _outdate(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            s = vol.state
+            if s.role == Role.PRIMARY:
+                return refusal(-2, "a Primary can not be outdated")
+            if s.connected or s.disk == DiskState.OUTDATED:
+                continue
+            if s.disk < DiskState.OUTDATED:
+                return refusal(-16)
+            code = yield from self._ask(vol, disk=DiskState.OUTDATED)
+            if code < SUCCESS:
+                return refusal(code)
+            yield self._durable(vol)
+        return None
+
+    def _pause_sync(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            if vol.state.user_isp:
+                return Refusal(134, "Sync-pause flag is already set", "Resume with: tandemadm resume-sync")
+            self.e.change(vol, replace(vol.state, user_isp=True), why="pause-sync")
+        return None
+        yield
+
+    def _resume_sync(self, command: Command) -> Story:
+        for vol in self._volumes(command):
+            if not vol.state.user_isp:
+                if vol.state.peer_isp:
+                    return Refusal(157, "Sync-pause flag is already cleared", "Resume on the peer",
+                                   ("Note: Resync pause caused by the peer node.",))  # fmt: skip
+                return Refusal(135, "Sync-pause flag is already cleared")
+            self.e.change(vol, replace(vol.state, user_isp=False), why="resume-sync")
+        return None
+        yield
+
+    def _suspend_io(self, command: Command) -> Story:
+        for vol in self.e.volumes.values():
+            self.e.change(vol, replace(vol.state, susp=True), hard=True, why="suspend-io")
+        return None
+        yield
+
+    def _resume_io(self, command: Command) -> Story:
+        self.e.fencing.resume()
+        return None
+        yield
+
+    def _new_current_uuid(self, command: Command) -> Story:
+        clear = bool(command.args.get("clear_bitmap"))
+        for vol in self._volumes(command):
+            if not vol.attached:
+                return Refusal(138, "Device does not have a disk-config", "Attach its disk first")
+            skip = vol.state.conn == ConnState.CONNECTED and vol.uuids.current == 4 and clear
+            if not skip and vol.state.conn != ConnState.STAND_ALONE:
+                return Refusal(151, "Need to be StandAlone", "Disconnect first: tandemadm disconnect")
+            if skip:
+                yield from self._skip_initial_sync(vol)
+                continue
+            vol.uuids = vol.uuids.clear_bitmap()
+            self.e.new_current(vol)
+            if clear:
+                self.e.disks.clear_bitmap(vol)
+            yield self._durable(vol)
+        return None
+
+    def _skip_initial_sync(self, vol: Volume) -> Generator[Wait, Any, None]:
+        self.e.new_current(vol)
+        self.e.disks.clear_bitmap(vol)
+        self.e.peer.send_uuids(vol, flags=8)
+        u = vol.uuids
+        vol.uuids = UuidSet(u.current, 0, u.history0, u.history1)
+        vol.peer_uuids = vol.uuids
+        self.e.change(
+            vol, replace(vol.state, disk=DiskState.UP_TO_DATE, pdsk=DiskState.UP_TO_DATE), hard=True,
+            why="initial sync skipped",
+        )  # fmt: skip
+        yield self._durable(vol)
+
+    def _verify(self, command: Command) -> Story:
+        return Refusal(
+            -14, "Need a verify algorithm to start online verify",
+            "Online verify is not there yet; compare the disks with 'cmp' after detaching both",
+        )  # fmt: skip
+        yield
+
+    # ------------------------------------------------------------------------------ down
+
+    def _down(self, command: Command) -> Story:
+        for vol in self.e.volumes.values():
+            if vol.state.role == Role.PRIMARY and vol.open_count:
+                return refusal(-12, "failed to demote")
+        refused = yield from self._secondary(replace(command, volume=None))
+        if refused:
+            return refused
+        if self.e.cstate != ConnState.STAND_ALONE:
+            refused = yield from self._disconnect(replace(command, args={}))
+            if refused:
+                self.e.stand_alone("down")
+        for vol in self.e.volumes.values():
+            if vol.state.disk > DiskState.FAILED and vol.meta is not None:
+                yield lambda resume, v=vol: self.e.disks.detach_cleanly(v, resume)  # type: ignore[misc]
+                self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="down", quiet=True)
+            while self._has_disk(vol):
+                yield self.e.next_change
+        return None
+

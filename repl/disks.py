@@ -1,0 +1,328 @@
+"""A volume's local disk from attach to detach: its size, its bitmap as a whole, and its failures.
+
+Relies on `attach.load` (run by the edge) for a disk whose activity log is already applied. The order rule
+of this room: from the moment the disk may be written, its superblock says so durably (unclean, with the
+right flags), so `Volume.io_holds` keeps applications out until it does.
+
+Source: drbd_nl.c, drbd_adm_attach, drbd_determine_dev_size; drbd_int.h, __drbd_chk_io_error_.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .activity_log import ActivityLog, initialised_block
+from .bitmap import Bitmap
+from .config import Fencing
+from .errors import MetadataError, Refusal
+from .events import Attach, Attached, ReleaseDisk, SizeChanged
+from .meta_writer import MetaWriter
+from .metadata import MdFlag, layout
+from .peer import new_size
+from .states import ConnState, DiskState, Role, State
+from .units import SECTOR, n_bits_of
+from .uuids import UuidSet
+from .volume import Volume
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+Then = Callable[[Refusal | None], None]
+
+
+class Disks:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self._attaching: dict[int, Then] = {}  # by volume
+        self._deferred: dict[int, Attached] = {}  # attach while the handshake decides
+
+    # ------------------------------------------------------------------------------ attach
+
+    def attach(self, vol: Volume, then: Then) -> None:
+        """Begin to attach; *then* gets a refusal, or None when the disk is in use."""
+        changed = self.e.change(vol, replace(vol.state, disk=DiskState.ATTACHING))
+        if isinstance(changed, Refusal):
+            then(changed)
+            return
+        vol.attach_ticket = self.e.new_ticket()
+        self._attaching[vol.number] = then
+        self.e.out.effects.append(Attach(vol.attach_ticket, vol.number))
+
+    def attach_refused(self, vol: Volume, why: str) -> None:
+        """The decision with the peer was against this disk."""
+        self._answer(vol, Refusal(150, "Can only attach to the data we lost last (see kernel log).", why))
+        self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why=why)
+
+    def failed_to_attach(self, vol: Volume, ticket: int, refusal: Refusal) -> None:
+        if ticket == vol.attach_ticket and vol.state.disk == DiskState.ATTACHING:
+            self.e.change(vol, replace(vol.state, disk=DiskState.DISKLESS), hard=True, why=refusal.text)
+            self._answer(vol, refusal)
+
+    def _answer(self, vol: Volume, refusal: Refusal | None) -> None:
+        then = self._attaching.pop(vol.number, None)
+        if then:
+            then(refusal)
+
+    def handshake_settled(self) -> None:
+        """The handshake is over one way or the other: take up what was attached meanwhile."""
+        deferred, self._deferred = self._deferred, {}
+        for event in deferred.values():
+            self.attached(event)
+
+    def attached(self, event: Attached) -> None:
+        vol = self.e.volumes[event.volume]
+        if event.ticket != vol.attach_ticket or vol.state.disk != DiskState.ATTACHING:
+            self.e.out.effects.append(ReleaseDisk(event.volume))
+            return
+        if vol.state.conn == ConnState.WF_REPORT_PARAMS:
+            self._deferred[vol.number] = event
+            return
+        sb, s = event.disk.superblock, vol.state
+        if s.role == Role.PRIMARY and not s.connected and vol.exposed and vol.exposed != sb.current & ~1:
+            self.e.change(vol, replace(s, disk=DiskState.DISKLESS), hard=True)
+            self.e.out.effects.append(ReleaseDisk(vol.number))
+            self._answer(vol, Refusal(150, "Can only attach to the data we lost last (see kernel log)."))
+            return
+        first_time = self._load(vol, event)
+        found = self._found_state(vol, sb.flags)
+        vol.io_holds += 1
+        if s.connected:
+            vol.found_disk, vol.found_pdsk = found.disk, found.pdsk
+            new = replace(s, disk=DiskState.NEGOTIATING)
+        else:
+            new = found
+        if first_time:
+            self._initialise(vol)
+        self.e.change(vol, new, hard=True, why="attached")
+
+        def durable(ok: bool) -> None:
+            vol.io_holds -= 1
+            vol.refresh()
+            self._answer(vol, None if ok else Refusal(118, "IO error(s) occurred during initial access to meta-data."))
+            self.e.mirror.release_held(vol)
+
+        self.e.write_superblock(vol, durable)
+
+    def _load(self, vol: Volume, event: Attached) -> bool:
+        """Take over what was read; True when the disk was never in use before."""
+        disk, sb, options = event.disk, event.disk.superblock, vol.config.disk_options
+        vol.layout = disk.layout
+        vol.bitmap = disk.bitmap
+        vol.al = ActivityLog(options.al_extents, disk.layout.al_blocks, disk.layout.al_stripes)
+        vol.al_nr_extents = vol.al.slots
+        vol.uuids = UuidSet(sb.current, sb.bitmap, sb.history0, sb.history1)
+        vol.device_uuid = sb.device_uuid
+        vol.last_flags = sb.flags
+        vol.full_sync_flag = bool(sb.flags & MdFlag.FULL_SYNC)
+        frozen_without_data = vol.state.role == Role.PRIMARY and vol.state.susp_nod
+        vol.crashed_primary = bool(
+            sb.flags & MdFlag.CRASHED_PRIMARY or (sb.flags & MdFlag.PRIMARY_IND and not frozen_without_data)
+        )
+        vol.la_peer_max_bio_size = sb.la_peer_max_bio_size
+        vol.la_size = sb.la_size_sect * SECTOR
+        vol.data_size = disk.data_size
+        vol.usable = disk.layout.usable & ~(SECTOR - 1)
+        vol.meta = MetaWriter(vol, self.e.out_disk, lambda error: self.failed(vol, error, write=True, meta=True))
+        if disk.marked:
+            self.e.note(vol, f"Marked additional {disk.marked * 4} KB as out-of-sync based on AL.")
+        if disk.corrupt:
+            self.e.note(vol, f"{disk.corrupt} corrupt AL transactions found", level="warning")
+        first_time = not vol.la_size
+        size = new_size(
+            vol.usable, vol.peer_size if vol.state.connected else 0, options.size * SECTOR, vol.la_size
+        )
+        if size != vol.la_size:
+            vol.bitmap.resize(n_bits_of(size), set_new=True)
+            vol.la_size = size
+        self._set_size(vol, size)
+        if vol.full_sync_flag or (vol.crashed_primary and sb.flags & MdFlag.AL_DISABLED):
+            self.set_all(vol, None)
+        vol.al_suspended = not first_time and vol.bitmap.n_bits > 0 and vol.bitmap.weight == vol.bitmap.n_bits
+        return first_time
+
+    def _initialise(self, vol: Volume) -> None:
+        """First use of fresh metadata: everything is out of sync, and the log gets its first blocks."""
+        assert vol.meta is not None
+        self.set_all(vol, None)
+        vol.al_suspended = True
+        vol.meta.write_ring(vol.al.initial_ring())
+
+    def _found_state(self, vol: Volume, flags: int) -> State:
+        """The state the metadata speaks for. Source: drbd_adm_attach."""
+        if not flags & MdFlag.CONSISTENT:
+            disk = DiskState.INCONSISTENT
+        elif flags & MdFlag.WAS_UP_TO_DATE:
+            disk = DiskState.CONSISTENT
+        else:
+            disk = DiskState.OUTDATED
+        pdsk = DiskState.OUTDATED if flags & MdFlag.PEER_OUT_DATED else DiskState.D_UNKNOWN
+        fencing = vol.config.disk_options.fencing
+        if disk == DiskState.CONSISTENT and (pdsk == DiskState.OUTDATED or fencing == Fencing.DONT_CARE):
+            disk = DiskState.UP_TO_DATE
+        return replace(vol.state, disk=disk, pdsk=pdsk)
+
+    # ------------------------------------------------------------------------------ size
+
+    def _set_size(self, vol: Volume, size: int) -> None:
+        if size != vol.size:
+            vol.size = size
+            self.e.out.effects.append(SizeChanged(vol.number, size))
+
+    def adopt_size(self, vol: Volume, size: int, set_new: bool) -> None:
+        """The agreed size of the volume is now *size* bytes."""
+        if vol.attached and size != vol.la_size:
+            vol.bitmap.resize(n_bits_of(size), set_new=set_new)
+            vol.la_size = size
+            vol.al_suspended = vol.al_suspended and vol.bitmap.weight == vol.bitmap.n_bits
+            self.e.write_superblock(vol, None)
+            assert vol.meta is not None
+            vol.meta.write_changed()
+        self._set_size(vol, size)
+
+    def grow(self, vol: Volume, data_size: int, meta_size: int, assume_clean: bool, then: Then) -> None:
+        """The backing device grew: move the metadata to where it belongs now, then use the space."""
+        old = vol.layout
+        assert old is not None and vol.meta is not None
+        try:
+            new = layout(old.kind, meta_size, data_size, vol.config.meta_disk.index, old.al_stripes,
+                         old.al_stripe_size_4k)  # fmt: skip
+        except MetadataError as e:
+            then(Refusal(e.code, str(e)))
+            return
+        if new.usable < vol.size:
+            then(Refusal(170, "Implicit device shrinking not allowed. See kernel log."))
+            return
+        vol.data_size = data_size
+        if new == old:
+            self._use_space(vol, assume_clean, then)
+            return
+        vol.io_holds += 1
+        vol.refresh()
+        if vol.n_app or not vol.meta.idle:
+            # Applications are held; what is in flight ends on its own, then we come back here.
+            self.e.when_quiet(vol, lambda: self._move(vol, new, assume_clean, then))
+        else:
+            self._move(vol, new, assume_clean, then)
+
+    def _move(self, vol: Volume, new: object, assume_clean: bool, then: Then) -> None:
+        """Write the metadata at its new place; a crash in between means a full sync."""
+        from .metadata import Layout
+
+        assert isinstance(new, Layout) and vol.meta is not None
+        meta = vol.meta
+        vol.layout = new
+        vol.usable = new.usable & ~(SECTOR - 1)
+        vol.full_sync_flag = True
+        vol.bitmap.mark_all_dirty()
+
+        def bitmap_written(ok: bool) -> None:
+            vol.full_sync_flag = False
+            meta.superblock(done)
+
+        def done(ok: bool) -> None:
+            vol.io_holds -= 1
+            vol.refresh()
+            if ok:
+                self._use_space(vol, assume_clean, then)
+            else:
+                then(Refusal(118, "IO error(s) occurred during initial access to meta-data."))
+            self.e.mirror.release_held(vol)
+
+        vol.al = ActivityLog(vol.config.disk_options.al_extents, new.al_blocks, new.al_stripes)
+        meta.superblock(
+            lambda ok: meta.write_ring(vol.al.initial_ring(), lambda ok: meta.write_changed(bitmap_written))
+        )
+
+    def _use_space(self, vol: Volume, assume_clean: bool, then: Then) -> None:
+        size = new_size(
+            vol.usable, vol.peer_size if vol.state.connected else 0,
+            vol.config.disk_options.size * SECTOR, vol.la_size,
+        )  # fmt: skip
+        if not vol.state.connected:
+            size = vol.usable if not vol.config.disk_options.size else size
+        if size > vol.size:
+            self.adopt_size(vol, size, set_new=not assume_clean)
+        if vol.state.connected:
+            self.e.peer.send_uuids(vol)
+            self.e.peer.send_sizes(vol, 2 if assume_clean else 0, ask=True)
+        then(None)
+
+    # ------------------------------------------------------------------------------ the bitmap as a whole
+
+    def set_all(self, vol: Volume, then: Callable[[], None] | None) -> None:
+        """Everything is out of sync. *then*: once a crash can not undo it (flag FULL_SYNC is durable).
+
+        The pages follow in the background; the flag goes when all of them are on disk.
+        """
+        assert vol.meta is not None
+        meta = vol.meta
+        vol.full_sync_flag = True
+        vol.bitmap.set_all()
+
+        def written(ok: bool) -> None:
+            if ok and vol.meta is meta:
+                vol.full_sync_flag = False
+                meta.superblock()
+
+        def flagged(ok: bool) -> None:
+            if ok and vol.meta is meta:
+                meta.write_changed(written)
+                if then:
+                    then()
+
+        meta.superblock(flagged)
+
+    def clear_bitmap(self, vol: Volume) -> None:
+        vol.bitmap.clear_all()
+        vol.full_sync_flag = False
+        vol.al_suspended = False
+        assert vol.meta is not None
+        vol.meta.write_changed()
+
+    # ------------------------------------------------------------------------------ failure and detach
+
+    def failed(self, vol: Volume, error: int, write: bool, meta: bool = False) -> None:
+        """The local disk returned *error*; what follows is `on-io-error`, for metadata always detach."""
+        if vol.state.disk <= DiskState.FAILED:
+            return
+        policy = vol.config.disk_options.on_io_error
+        what = "meta-data" if meta else "data"
+        self.e.note(vol, f"Local {what} IO error {error}, on-io-error {policy}", level="error")
+        if policy == "pass_on" and not meta:
+            if write and vol.state.disk == DiskState.UP_TO_DATE:
+                self.e.change(vol, replace(vol.state, disk=DiskState.INCONSISTENT), hard=True, why="I/O error")
+                if vol.state.connected:
+                    self.e.peer.send_state(vol)
+            return
+        if policy == "call-local-io-error":
+            self.e.run_handler("local-io-error", vol, None)
+        self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="I/O error")
+
+    def detach_cleanly(self, vol: Volume, then: Callable[[bool], None]) -> None:
+        """Write the last bitmap and superblock. A Secondary's metadata is left clean, ready for anyone."""
+        assert vol.meta is not None
+        blocks = None
+        if vol.state.role != Role.PRIMARY and not vol.al.busy and vol.state.pdsk >= DiskState.INCONSISTENT:
+            block = initialised_block()
+            blocks = [(position, block) for position in range(vol.al.al_blocks)]
+        vol.meta.close(blocks, then)
+
+    def local_idle(self, vol: Volume) -> None:
+        """Called when an operation on the disk ended: a failed disk goes once nothing is out on it."""
+        if vol.state.disk != DiskState.FAILED or vol.n_local or (vol.meta is not None and vol.meta.n_out):
+            return
+        if vol.meta is not None:
+            meta, vol.meta = vol.meta, None
+            meta.kill(0)
+        self.e.mirror.disk_gone(vol)
+        vol.layout = None
+        vol.bitmap = Bitmap(0)
+        vol.al = ActivityLog()
+        vol.usable = 0
+        vol.al_suspended = False
+        vol.full_sync_flag = False
+        self._answer(vol, Refusal(118, "IO error(s) occurred during initial access to meta-data."))
+        self.e.change(vol, replace(vol.state, disk=DiskState.DISKLESS), hard=True)
+        self.e.out.effects.append(ReleaseDisk(vol.number))

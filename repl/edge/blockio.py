@@ -1,0 +1,160 @@
+"""The system calls on one open file or block device: whole transfers, zeroes, flushes.
+
+Everything here may block unless it says otherwise and raises OSError; who may call it where is decided
+in `disk`. The rest of the edge relies on two promises: a call either transfers everything or raises, and
+after `zero` the range reads as zeroes, whatever the device is able to do.
+
+Sources: pwritev2(2), fallocate(2); for block devices fallocate(2) is the kernel's write-zeroes
+(block/fops.c, blkdev_fallocate).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from typing import Final
+
+import numpy
+from tandem.repl.requests import Buffer
+
+IOV_MAX: Final = 1024  # buffers in one call, <limits.h> of Linux
+ZERO_PIECE: Final = 1 << 20  # bytes written at a time where zeroes have to be written one by one
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+_libc.fallocate.restype = ctypes.c_int
+_zeroes = bytes(ZERO_PIECE)
+
+
+def room(length: int) -> memoryview:
+    """A writable buffer of *length* bytes that nobody has spent time on filling with zeroes."""
+    return numpy.empty(length, numpy.uint8).data
+
+
+class Device:
+    """What `disk` knows about one open descriptor. The descriptor stays its owner's."""
+
+    __slots__ = ("_dsync", "_punch", "_zero_range", "block", "fd", "hold_s", "inline_again", "nowait")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.block = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.nowait = True  # RWF_NOWAIT is worth trying for reads
+        self.inline_again = 0.0  # when blocking calls may be made on the loop again
+        self.hold_s = 0.0  # how long they were kept away last time
+        self._dsync = True
+        self._punch = True
+        self._zero_range = True
+
+    def size(self) -> int:
+        """Bytes; of a block device or a file."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill *buffer* from *offset*; EIO when the device ends before."""
+        at = 0
+        while at < len(buffer):
+            n = os.preadv(self.fd, [buffer[at:]], offset + at)
+            if not n:
+                raise OSError(errno.EIO, "the device ends before the end of the read")
+            at += n
+
+    def write(self, buffers: Sequence[Buffer], offset: int, *, durable: bool = False) -> None:
+        """Write *buffers* one after the other from *offset* on; on stable storage if *durable*."""
+        flags = os.RWF_DSYNC if durable and self._dsync else 0
+        rest: list[Buffer] = list(buffers)
+        while rest:
+            try:
+                n = os.pwritev(self.fd, rest[:IOV_MAX], offset, flags)
+            except OSError as error:
+                if not flags or error.errno not in CANNOT:
+                    raise
+                self._dsync, flags = False, 0
+                continue
+            if not n and any(map(len, rest)):
+                raise OSError(errno.ENOSPC, "the device takes no more bytes")
+            offset += n
+            rest = unwritten(rest, n)
+        if durable and not flags:
+            os.fdatasync(self.fd)
+
+    def flush(self) -> None:
+        """Everything written before is on stable storage afterwards."""
+        os.fdatasync(self.fd)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make the range read as zeroes, giving its space back if *unmap* and if the device can.
+
+        A discard (BLKDISCARD) is not used: what is read afterwards is up to the device, and two replicas
+        must stay equal.
+        """
+        if unmap and self._punch:
+            code = _fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+            if not code:
+                return
+            self._punch = code == errno.EINVAL  # that one is about this range, the others about the device
+        if self._zero_range:
+            code = _fallocate(self.fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length)
+            if not code:
+                return
+            self._zero_range = code == errno.EINVAL
+        end = offset + length
+        while offset < end:
+            step = min(ZERO_PIECE, end - offset)
+            self.write([memoryview(_zeroes)[:step]], offset)
+            offset += step
+
+    def extents(self, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
+        """What the range consists of: (length, hole) pairs, at most *n_max*, from *offset* on.
+
+        A device that knows of no holes is one extent of data.
+        """
+        found: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end and len(found) < n_max:
+            try:
+                data = os.lseek(self.fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    found.append((end - offset, False))
+                    break
+                data = end  # no data from here to the end of the file
+            if data > offset:
+                stop, hole = min(data, end), True
+            else:
+                try:
+                    stop = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+                except OSError:
+                    stop = end
+                hole = False
+            found.append((stop - offset, hole))
+            offset = stop
+        return found
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+    """0 when done, an errno of `CANNOT` when this is not possible here; other failures raise."""
+    while _libc.fallocate(fd, mode, offset, length):
+        code = ctypes.get_errno()
+        if code in CANNOT:
+            return code
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return 0
+
+
+def unwritten(buffers: list[Buffer], n: int) -> list[Buffer]:
+    """What is left of *buffers* after their first *n* bytes."""
+    for i, buffer in enumerate(buffers):
+        size = len(buffer)
+        if n < size:
+            return [memoryview(buffer)[n:], *buffers[i + 1 :]]
+        n -= size
+    return []

@@ -1,0 +1,324 @@
+"""The disk edge: carries out the machine's operations on the storage of each volume.
+
+Decides, alone in the program, what may run on the loop and what goes to a worker thread: buffered reads
+and writes run inline as long as that is quick, because for them a hand-over costs more than the call;
+everything that waits for stable storage by its nature goes to a worker. Adjacent operations of a batch
+become one system call. It relies on the machine never having overlapping writes in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, DiskOp, Op
+
+from .blockio import CANNOT, IOV_MAX, Device, room, unwritten
+from .workers import Completions, Workers
+
+RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
+INLINE_BYTES_MAX: Final = 4 << 20  # per batch; at memory speed under a millisecond, the rest goes to workers
+SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
+HOLD_MIN_S: Final = 1.0  # how long the device's calls then stay away from the loop …
+HOLD_MAX_S: Final = 8.0  # … and at most, when it is slow again right after coming back
+N_DATA_THREADS: Final = 8  # the queue depth a slow device sees
+N_SYNC_THREADS: Final = 4  # flushes and metadata, kept apart so that slow data cannot hold them up
+
+DURABLE: Final = FUA | PREFLUSH
+READ: Final = int(Op.READ)
+WRITE: Final = int(Op.WRITE)
+FLUSH: Final = int(Op.FLUSH)
+
+
+class OpenVolume:
+    """The open storage of one volume, and what is under way on it."""
+
+    __slots__ = ("closing", "data", "meta", "n_inflight", "on_close", "rotational")
+
+    def __init__(
+        self, data: Device, meta: Device, on_close: Callable[[], None], *, rotational: bool = False
+    ) -> None:
+        self.data = data
+        self.meta = meta
+        self.on_close = on_close  # called on the loop's thread when the storage is not used any more
+        self.rotational = rotational
+        self.n_inflight = 0  # operations in workers
+        self.closing = False
+
+
+# What a worker reports: the operations that are done, on the volume they were started on.
+Ended = tuple[OpenVolume, list[DiskOp]]
+
+
+class Disk:
+    """Executes `DiskOp`s; answers each exactly once, inline or through *completed* on the loop's thread."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, completed: Callable[[list[DiskOp]], None],
+        fatal: Callable[[BaseException], None], name: str = "disk",
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._completed = completed
+        ended: Completions[Ended] = Completions(loop, self._collected, fatal)
+        self._data_workers = Workers(f"{name}-data", N_DATA_THREADS, ended)
+        self._sync_workers = Workers(f"{name}-sync", N_SYNC_THREADS, ended)
+        self._volumes: dict[int, OpenVolume] = {}
+        self.backlog = 0  # bytes of operations in workers
+
+    # ------------------------------------------------------------------------------ open volumes
+
+    def add(self, number: int, volume: OpenVolume) -> None:
+        """*volume* is attached from now on."""
+        assert number not in self._volumes, f"volume {number} is attached already"
+        self._volumes[number] = volume
+
+    def remove(self, number: int) -> None:
+        """Forget the volume; its storage is closed as soon as nothing is under way on it any more."""
+        volume = self._volumes.pop(number, None)
+        if volume is not None:
+            volume.closing = True
+            if not volume.n_inflight:
+                volume.on_close()
+
+    def volume(self, number: int) -> OpenVolume | None:
+        return self._volumes.get(number)
+
+    @property
+    def numbers(self) -> list[int]:
+        return list(self._volumes)
+
+    def stop(self) -> None:
+        """Let the workers end after what they have."""
+        self._data_workers.stop()
+        self._sync_workers.stop()
+
+    async def extents(self, number: int, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
+        """(length, hole) pairs of the volume's data from *offset* on; one of data without a disk."""
+        volume = self._volumes.get(number)
+        if volume is None:
+            return [(length, False)]
+        volume.n_inflight += 1  # keeps the descriptor open meanwhile
+        try:
+            return await self._loop.run_in_executor(None, volume.data.extents, offset, length, n_max)
+        finally:
+            self._let_go(volume, 1)
+
+    # ------------------------------------------------------------------------------- operations
+
+    def start(self, ops: list[DiskOp]) -> list[DiskOp]:
+        """Start every operation; returns those that are complete already, in no particular order."""
+        done: list[DiskOp] = []
+        durable: dict[int, list[list[DiskOp]]] = {}
+        budget = INLINE_BYTES_MAX
+        at, n = 0, len(ops)
+        while at < n:
+            first = ops[at]
+            run = [first]
+            at += 1
+            kind, end, total = first.op, first.offset + first.length, first.length
+            volume = self._volumes[first.volume]
+            if kind > WRITE or first.flags & PREFLUSH:
+                self._single(volume, first)
+                continue
+            while at < n:
+                op = ops[at]
+                if (
+                    op.offset != end or op.op != kind or op.volume != first.volume or op.flags != first.flags
+                    or op.area != first.area or total + op.length > RUN_BYTES_MAX or len(run) == IOV_MAX
+                ):  # fmt: skip
+                    break
+                run.append(op)
+                end += op.length
+                total += op.length
+                at += 1
+            if first.flags & DURABLE:
+                durable.setdefault(first.volume << 1 | first.area, []).append(run)
+            elif first.area == META:
+                self._hand_over(volume, self._sync_workers, volume.meta, run)
+            elif budget < total or volume.data.inline_again > time.monotonic():
+                self._hand_over(volume, self._data_workers, volume.data, run)
+            else:
+                budget -= total
+                device = volume.data
+                if (_read_inline if kind == READ else _write_inline)(device, run, total):
+                    done += run
+                else:
+                    self._hand_over(volume, self._data_workers, device, run)
+        for key, runs in durable.items():
+            volume = self._volumes[key >> 1]
+            self._start_durable(volume, volume.meta if key & 1 else volume.data, runs)
+        return done
+
+    def _hand_over(
+        self, volume: OpenVolume, workers: Workers[Ended], device: Device, run: list[DiskOp]
+    ) -> None:
+        self._count(volume, run)
+
+        def job() -> Ended:
+            _transfer(device, run)
+            return volume, run
+
+        workers.start(job)
+
+    def _start_durable(self, volume: OpenVolume, device: Device, runs: list[list[DiskOp]]) -> None:
+        """Writes with FUA: a single run as such, several of one batch share the flush behind them."""
+        ops = [op for run in runs for op in run]
+        self._count(volume, ops)
+
+        def job() -> Ended:
+            if len(runs) == 1:
+                _transfer(device, ops, durable=True)
+            else:
+                for run in runs:
+                    _transfer(device, run)
+                _blame(ops, device.flush)
+            return volume, ops
+
+        self._sync_workers.start(job)
+
+    def _single(self, volume: OpenVolume, op: DiskOp) -> None:
+        """What has no neighbours to merge with: flush, trim, zeroes, and writes with PREFLUSH."""
+        ops = [op]
+        self._count(volume, ops)
+        device = volume.meta if op.area == META else volume.data
+
+        def job() -> Ended:
+            _blame(ops, lambda: _carry_out(device, op))
+            return volume, ops
+
+        workers = self._sync_workers if op.op == FLUSH or op.flags & DURABLE else self._data_workers
+        workers.start(job)
+
+    def _count(self, volume: OpenVolume, ops: list[DiskOp]) -> None:
+        volume.n_inflight += len(ops)
+        self.backlog += sum(op.length for op in ops if op.op <= WRITE)
+
+    def _collected(self, results: list[Ended]) -> None:
+        """Workers are done with some operations; on the loop's thread."""
+        done: list[DiskOp] = []
+        for volume, ops in results:
+            done += ops
+            self._let_go(volume, len(ops))
+        self.backlog -= sum(op.length for op in done if op.op <= WRITE)
+        self._completed(done)
+
+    def _let_go(self, volume: OpenVolume, n: int) -> None:
+        volume.n_inflight -= n
+        if volume.closing and not volume.n_inflight:
+            volume.on_close()
+
+
+# ------------------------------------------------------------------------------------ on the loop
+
+
+def _write_inline(device: Device, run: list[DiskOp], total: int) -> bool:
+    """Write the run on the loop; False when that failed: a worker finds out which operation is to blame."""
+    buffers = [op.payload for op in run if op.payload is not None]
+    started = time.monotonic()
+    try:
+        n = os.pwritev(device.fd, buffers, run[0].offset)
+        if n < total:
+            device.write(unwritten(buffers, n), run[0].offset + n)
+    except OSError:
+        return False
+    _judge(device, started)
+    return True
+
+
+def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
+    """Read the run on the loop as far as that needs no waiting; False: a worker must do it."""
+    buffer = room(total)
+    started = time.monotonic()
+    try:
+        if device.nowait:
+            if os.preadv(device.fd, [buffer], run[0].offset, os.RWF_NOWAIT) < total:
+                return False  # only a part of it is in the page cache
+        else:
+            device.read_into(buffer, run[0].offset)
+            _judge(device, started)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if not device.nowait or error.errno not in CANNOT:
+            return False
+        device.nowait = False  # tmpfs and some others; their reads are then timed like writes
+        return _read_inline(device, run, total)
+    _deal_out(run, buffer)
+    return True
+
+
+def _judge(device: Device, started: float) -> None:
+    """Keep the device's blocking calls away from the loop for a while if this one took too long.
+
+    A call is slow when the kernel throttles writers of dirty pages, or when the device is slow itself.
+    """
+    now = time.monotonic()
+    if now - started > SLOW_S:
+        came_back = device.inline_again
+        just_came_back = started - came_back < HOLD_MIN_S
+        device.hold_s = min(device.hold_s * 2, HOLD_MAX_S) if just_came_back else HOLD_MIN_S
+        device.inline_again = now + device.hold_s
+
+
+# ------------------------------------------------------------------------------------- in workers
+
+
+def _transfer(device: Device, run: list[DiskOp], *, durable: bool = False) -> None:
+    """Read or write adjacent operations; blocking. When they fail together, each is tried on its own."""
+    try:
+        if run[0].op == READ:
+            buffer = room(sum(op.length for op in run))
+            device.read_into(buffer, run[0].offset)
+            _deal_out(run, buffer)
+        else:
+            buffers = [op.payload for op in run if op.payload is not None]
+            device.write(buffers, run[0].offset, durable=durable)
+    except OSError as error:
+        if len(run) == 1:
+            _fail(run, error)
+        else:
+            for op in run:
+                _transfer(device, [op], durable=durable)
+
+
+def _carry_out(device: Device, op: DiskOp) -> None:
+    """One operation with everything its flags ask for; blocking."""
+    kind, durable = op.op, bool(op.flags & FUA)
+    if kind == FLUSH or op.flags & PREFLUSH:
+        device.flush()
+    if kind == WRITE:
+        assert op.payload is not None, f"{op!r} has no payload"
+        device.write([op.payload], op.offset, durable=durable)
+    elif kind != FLUSH:
+        # A trim must leave zeroes behind on both nodes, so it is "write zeroes, and give space back".
+        device.zero(op.offset, op.length, unmap=kind == Op.TRIM or bool(op.flags & MAY_UNMAP))
+        if durable:
+            device.flush()
+
+
+def _blame(ops: list[DiskOp], call: Callable[[], None]) -> None:
+    """Run *call*; when it fails, every one of *ops* has failed."""
+    try:
+        call()
+    except OSError as error:
+        _fail(ops, error)
+
+
+def _fail(ops: list[DiskOp], error: OSError) -> None:
+    for op in ops:
+        op.error = op.error or error.errno or errno.EIO
+
+
+def _deal_out(run: list[DiskOp], buffer: memoryview) -> None:
+    """Give each operation of a read run its part of the bytes."""
+    if len(run) == 1:
+        run[0].payload = buffer
+        return
+    at = 0
+    for op in run:
+        op.payload = buffer[at : at + op.length]
+        at += op.length

@@ -1,0 +1,263 @@
+"""Batches in and out of a stream socket: what the peer link and the NBD server share.
+
+`Receiver` turns "the socket is readable" into one call that sees everything which has arrived; `Sender`
+turns any number of buffers into as few system calls as the socket takes. Both work on a non-blocking
+socket and make no task, future or callback per packet.
+
+A received chunk is a fresh ``bytes`` object and is never used again: packets keep slices of it as their
+payload, and reference counting frees it after the last of them. Only a packet cut by the end of a chunk
+is copied, once; a long one gets a buffer of its own, and what is still missing of it is received there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy
+from tandem.repl.requests import Buffer
+
+CHUNK_MIN: Final = 64 << 10  # what a quiet connection asks the kernel for
+CHUNK_MAX: Final = 1 << 20  # more does not make the batches better, and a kept slice keeps all of it
+CHUNK_PROBE: Final = 4 << 10  # after a long packet: another is likely, and its payload is not to be copied
+OWN_BUFFER_MIN: Final = 32 << 10  # a cut packet that lacks this much is received in its own buffer
+IOV_MAX: Final = 1024  # buffers in one sendmsg, <limits.h> of Linux
+BACKLOG_HIGH: Final = 4 << 20  # unsent bytes at which the owner is told to slow down
+BACKLOG_LOW: Final = 1 << 20  # unsent bytes at which it may go on
+SOCKET_BUFFER: Final = 1 << 20  # asked of a Unix socket, whose default holds 200 KiB
+
+
+class Receiver:
+    """Hands the packets of a byte stream to *consume*, as many at a time as have arrived.
+
+    ``consume(view)`` takes every complete packet at the start of *view* and returns how many bytes they
+    have. It may keep slices of *view* for as long as it likes.
+    ``need(rest)`` is asked about what it left: the total length of the packet that starts there, or, as
+    long as its header is incomplete, a length that brings more of the header. Always more than it sees.
+    Both may raise; the exception comes out of `receive`, and the stream is then of no further use.
+    """
+
+    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_filled", "_need", "_own", "_sock",
+                 "_tail", "_want")  # fmt: skip
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        consume: Callable[[memoryview], int],
+        need: Callable[[memoryview], int],
+        *,
+        chunk_min: int = CHUNK_MIN,
+        chunk_max: int = CHUNK_MAX,
+    ) -> None:
+        self._sock = sock
+        self._consume = consume
+        self._need = need
+        self._chunk = chunk_min
+        self._chunk_min = chunk_min
+        self._chunk_max = chunk_max
+        self._tail = bytearray()  # the start of a short packet that is still incomplete
+        self._want = 0  # the length of the incomplete packet in _tail or _own
+        self._own: memoryview | None = None  # the buffer of a long incomplete packet
+        self._filled = 0  # bytes of _own that are there
+
+    def receive(self) -> int:
+        """Receive once and hand on what is complete; to be called when the socket is readable.
+
+        Returns the number of bytes received, 0 at the end of the stream, -1 when nothing was there.
+        Raises OSError as the socket does (connection reset).
+        """
+        if self._own is not None:
+            return self._receive_own(self._own)
+        asked = self._chunk
+        try:
+            data = self._sock.recv(asked)
+        except BlockingIOError:
+            return -1
+        n = len(data)
+        if n == asked:
+            self._chunk = max(min(n * 2, self._chunk_max), self._chunk_min)
+        elif n < asked >> 3:
+            self._chunk = max(asked >> 1, self._chunk_min)
+        if n:
+            self.feed(memoryview(data))
+            if n == asked and self._own is not None:  # the rest of the long packet is there already
+                n += max(self._receive_own(self._own), 0)
+        return n
+
+    def _receive_own(self, own: memoryview) -> int:
+        try:
+            n = self._sock.recv_into(own[self._filled :])
+        except BlockingIOError:
+            return -1
+        self._fill_own(own, n)
+        return n
+
+    @property
+    def cut(self) -> bool:
+        """Whether a packet has begun and is not complete: an end of the stream now loses it."""
+        return self._own is not None or bool(self._tail)
+
+    def feed(self, view: memoryview) -> None:
+        """Take bytes that were received elsewhere, in stream order (what followed a handshake)."""
+        while view:
+            own = self._own
+            if own is not None:
+                step = min(len(view), self._want - self._filled)
+                own[self._filled : self._filled + step] = view[:step]
+                view = view[step:]
+                self._fill_own(own, step)
+                continue
+            if self._tail:
+                step = min(len(view), self._want - len(self._tail))
+                self._tail += view[:step]
+                view = view[step:]
+                if len(self._tail) < self._want:
+                    return
+                packet = memoryview(self._tail)
+                self._tail = bytearray()
+            else:
+                packet, view = view, view[:0]
+            used = self._consume(packet)
+            if used < len(packet):
+                self._keep(packet[used:])
+
+    def _fill_own(self, own: memoryview, n: int) -> None:
+        self._filled += n
+        if self._filled == self._want:
+            self._own = None
+            used = self._consume(own)
+            if used < len(own):
+                self._keep(own[used:])
+
+    def _keep(self, rest: memoryview) -> None:
+        """Remember the incomplete packet *rest*; the only place where received bytes are copied."""
+        want = self._need(rest)
+        have = len(rest)
+        assert want > have, "a receiver that wants no more has not consumed a complete packet"
+        self._want = want
+        if want - have < OWN_BUFFER_MIN:
+            self._tail = bytearray(rest)
+            return
+        # numpy leaves the new memory as it is, where bytearray(n) would fill it with zeroes first.
+        own = numpy.empty(want, numpy.uint8).data
+        own[:have] = rest
+        self._own = own
+        self._filled = have
+        self._chunk = CHUNK_PROBE
+
+
+def _nothing() -> None:
+    """The callback of an owner that does not care."""
+
+
+class Sender:
+    """Sends buffers in order, at once as far as the socket takes them, the rest when it is writable.
+
+    ``backlog`` is the number of bytes not sent yet. *on_high* is called when it passes *high*, then
+    *on_low* when it has fallen to *low*, then *on_high* may come again. *on_empty* is called whenever a
+    backlog has been sent to the end (not by a `send` that left nothing over). *on_lost* gets the error that
+    ended the stream, once; whatever is sent afterwards is dropped. Buffers must not change until sent.
+    """
+
+    __slots__ = ("_above", "_high", "_loop", "_low", "_on_empty", "_on_high", "_on_lost", "_on_low", "_queue",
+                 "_sock", "_waiting", "backlog", "closed")  # fmt: skip
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        on_lost: Callable[[OSError], None],
+        *,
+        high: int = BACKLOG_HIGH,
+        low: int = BACKLOG_LOW,
+        on_high: Callable[[], None] = _nothing,
+        on_low: Callable[[], None] = _nothing,
+        on_empty: Callable[[], None] = _nothing,
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._on_lost = on_lost
+        self._high = high
+        self._low = low
+        self._on_high = on_high
+        self._on_low = on_low
+        self._on_empty = on_empty
+        self._queue: list[Buffer] = []
+        self._waiting = False  # for the socket to become writable
+        self._above = False  # on_high was called, on_low not yet
+        self.backlog = 0
+        self.closed = False
+
+    @property
+    def congested(self) -> bool:
+        """Whether *on_high* was called last, not *on_low*."""
+        return self._above
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        """Send *buffers* (of bytes, format 'B') after everything sent before."""
+        if self.closed:
+            return
+        self.backlog += sum(map(len, buffers))
+        self._queue += buffers
+        if not self._waiting:
+            self._push()
+        if self.backlog > self._high and not self._above:
+            self._above = True
+            self._on_high()
+
+    def close(self) -> None:
+        """Drop what is not sent. The socket stays open; it is the owner's."""
+        if self._waiting:
+            self._loop.remove_writer(self._sock)
+            self._waiting = False
+        self.closed = True
+        self._queue.clear()
+        self.backlog = 0
+
+    def _push(self) -> None:
+        queue, at = self._queue, 0
+        try:
+            while at < len(queue):
+                sent = self._sock.sendmsg(queue[at : at + IOV_MAX])
+                self.backlog -= sent
+                while at < len(queue) and sent >= (size := len(queue[at])):
+                    sent -= size
+                    at += 1
+                if sent:  # the socket is full; trying again would only say so
+                    queue[at] = memoryview(queue[at])[sent:]
+                    break
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.close()
+            self._on_lost(error)
+            return
+        del queue[:at]
+        if bool(queue) is not self._waiting:
+            self._waiting = not self._waiting
+            if self._waiting:
+                self._loop.add_writer(self._sock, self._writable)
+            else:
+                self._loop.remove_writer(self._sock)
+
+    def _writable(self) -> None:
+        self._push()
+        if self._above and self.backlog <= self._low and not self.closed:
+            self._above = False
+            self._on_low()
+        if not self.backlog and not self.closed:
+            self._on_empty()
+
+
+def prepare(sock: socket.socket) -> None:
+    """Make a connected stream socket ready for batches: non-blocking, no Nagle delay, room on a Unix one.
+
+    TCP sizes its buffers itself as long as nobody sets them.
+    """
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+    else:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

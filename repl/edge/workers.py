@@ -1,0 +1,95 @@
+"""Worker threads for system calls that may block, and the one way their results come back.
+
+Whoever has blocking work hands over a job; the results of all jobs that ended in the meantime reach the
+loop in one wake-up, however many threads ended them. The disk edge relies on this for its batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Completions(Generic[T]):
+    """The results of jobs that have ended and that the loop has not seen yet.
+
+    *collected* gets all of them as one list, on the loop's thread; *fatal* gets what a job raised instead
+    of returning, which is our own mistake.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, collected: Callable[[list[T]], None],
+        fatal: Callable[[BaseException], None],
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._collected = collected
+        self._fatal = fatal
+        self._ended: deque[T] = deque()
+        self._woken = False  # a wake-up is on its way and has not begun to collect
+
+    def put(self, result: T) -> None:
+        """From any thread: one more result."""
+        self._ended.append(result)
+        if not self._woken:
+            self._woken = True
+            self._call_loop(self._collect)
+
+    def fail(self, error: BaseException) -> None:
+        """From any thread: a job has raised *error*."""
+        self._call_loop(self._fatal, error)
+
+    def _call_loop(self, call: Callable[..., None], *args: BaseException) -> None:
+        # A closed loop means that the process is about to end, and nobody is left to be told.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _collect(self) -> None:
+        self._woken = False  # before the first look: whoever appends from here on wakes us again
+        results: list[T] = []
+        while self._ended:
+            results.append(self._ended.popleft())
+        if results:
+            self._collected(results)
+
+
+class Workers(Generic[T]):
+    """A few threads that begin jobs in the order they were handed over; started when first needed.
+
+    A job returns what may go wrong in it; an exception is our own mistake and fatal.
+    """
+
+    def __init__(self, name: str, n_threads_max: int, completions: Completions[T]) -> None:
+        self._name = name
+        self._n_threads_max = n_threads_max
+        self._completions = completions
+        self._jobs: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
+        self._n_threads = 0
+
+    def start(self, job: Callable[[], T]) -> None:
+        """Run *job* in a thread; what it returns goes to the `Completions`."""
+        self._jobs.put(job)
+        if self._n_threads < self._n_threads_max:
+            self._n_threads += 1
+            # A thread stuck in a dead device must not keep the process from ending, hence daemon.
+            threading.Thread(target=self._work, name=f"{self._name}-{self._n_threads}", daemon=True).start()
+
+    def stop(self) -> None:
+        """Let the threads end after the jobs that are queued now; nothing may be started afterwards."""
+        for _ in range(self._n_threads):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                result = job()
+            except Exception as error:
+                self._completions.fail(error)
+            else:
+                self._completions.put(result)

@@ -1,0 +1,142 @@
+"""A Primary that lost its peer: freeze, have the peer fenced, and go on; or meet the peer again first.
+
+Source: drbd_nl.c, conn_try_outdate_peer; drbd_state.c, w_after_conn_state_ch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .config import Fencing
+from .states import ConnState, DiskState, Role
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class FencingRoom:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self._running = False
+
+    @property
+    def policy(self) -> Fencing:
+        """The strictest policy of all volumes that hold usable data."""
+        return max(
+            (
+                v.config.disk_options.fencing
+                for v in self.e.volumes.values()
+                if v.state.disk >= DiskState.CONSISTENT
+            ),
+            default=Fencing.DONT_CARE,
+        )
+
+    def peer_lost(self) -> None:
+        """The connection of a Primary went: call the handler if the policy wants it, in the background."""
+        volumes = self.e.volumes.values()
+        if self._running or not any(
+            v.state.role == Role.PRIMARY and v.state.pdsk >= DiskState.D_UNKNOWN for v in volumes
+        ):
+            return
+        if self.policy == Fencing.DONT_CARE:
+            if any(v.state.susp_fen for v in volumes):
+                self._unfreeze()  # no volume holds data worth protecting: pending requests fail
+            return
+        self.fence(lambda ok: None)
+
+    def fence(self, then: Callable[[bool], None]) -> None:
+        """Run fence-peer and act on its exit code; *then* is told whether the peer is out."""
+        if self.policy == Fencing.DONT_CARE:
+            then(True)
+            return
+        ticket = self.e.link.ticket
+        connects = self.e.n_established
+        self._running = True
+
+        def exited(code: int) -> None:
+            self._running = False
+            stale = connects != self.e.n_established or self.e.connected
+            if stale or (ticket != self.e.link.ticket and self.e.connected):
+                self.e.note(None, f"fence-peer returned {code}, but the peer is back: ignored", level="warning")
+                then(False)
+                return
+            then(self._outcome(code))
+
+        self.e.run_handler("fence-peer", None, exited)
+
+    def _outcome(self, code: int) -> bool:
+        volumes = list(self.e.volumes.values())
+        best = max((v.state.disk for v in volumes), default=DiskState.DISKLESS)
+        pdsk = None
+        if code == 3:
+            pdsk, text = DiskState.INCONSISTENT, "peer is inconsistent or worse"
+        elif code == 4:
+            pdsk, text = DiskState.OUTDATED, "peer was fenced"
+        elif code == 5:
+            if best != DiskState.UP_TO_DATE:
+                self.e.note(None, "fence-peer: peer is unreachable, but our disk is not UpToDate", level="warning")
+                return False
+            pdsk, text = DiskState.OUTDATED, "peer is unreachable, assumed to be dead"
+        elif code == 6:
+            self.e.note(None, "fence-peer: peer is Primary, outdating this node", level="warning")
+            for vol in volumes:
+                if vol.state.disk > DiskState.OUTDATED:
+                    self.e.change(vol, replace(vol.state, disk=DiskState.OUTDATED), hard=True, why="peer is Primary")
+            return False
+        elif code == 7:
+            pdsk, text = DiskState.OUTDATED, "peer was stonithed"
+            if self.policy != Fencing.RESOURCE_AND_STONITH:
+                self.e.note(None, "fence-peer() = 7 && fencing != Stonith !!!", level="error")
+        else:
+            self.e.note(None, f"fence-peer helper broken, returned {code}", level="error")
+            return False
+        self.e.note(None, f"fence-peer helper returned {code} ({text})")
+        for vol in volumes:
+            if vol.state.conn < ConnState.CONNECTED:
+                self.e.change(vol, replace(vol.state, pdsk=pdsk), hard=True, why=text)
+        self._unfreeze()
+        return True
+
+    def _unfreeze(self) -> None:
+        """The peer is out: treat its connection as lost for good and let I/O go on."""
+        frozen = [v for v in self.e.volumes.values() if v.state.susp_fen]
+        if not frozen:
+            return
+        self.e.forget_peer_writes()
+        self.e.make_pending_generations()
+        for vol in frozen:
+            self.e.change(vol, replace(vol.state, susp_fen=False), hard=True, why="peer fenced")
+
+    def resume(self) -> None:
+        """The administrator takes responsibility: thaw, with the new generation that is due."""
+        volumes = [v for v in self.e.volumes.values() if v.state.suspended]
+        if not self.e.connected:
+            self.e.forget_peer_writes()
+        self.e.make_pending_generations()
+        for vol in volumes:
+            self.e.change(
+                vol, replace(vol.state, susp=False, susp_nod=False, susp_fen=False), hard=True, why="resume-io"
+            )
+
+    def all_connected(self) -> None:
+        """Every volume is connected again: the peer never went, send again what it did not answer."""
+        frozen = [v for v in self.e.volumes.values() if v.state.susp_fen or v.state.susp_nod]
+        if not frozen:
+            return
+        for vol in self.e.volumes.values():
+            vol.new_current_pending = False
+        self.e.mirror.replay()
+        for vol in frozen:
+            self.e.change(
+                vol, replace(vol.state, susp_fen=False, susp_nod=False), hard=True, why="connected again"
+            )
+
+    def peer_was_rebooted(self) -> None:
+        """The peer forgot what we sent: no replay, a new generation and an ordinary resync instead."""
+        self.e.forget_peer_writes()
+        self.e.make_pending_generations()
+        for vol in self.e.volumes.values():
+            self.e.change(vol, replace(vol.state, susp_fen=False, susp_nod=False), hard=True, why="peer rebooted")
+        self.e.drop(ConnState.PROTOCOL_ERROR, "the peer was restarted while our I/O was frozen")

@@ -1,0 +1,97 @@
+"""Ranges in flight and who waits for whom.
+
+Two overlapping operations that change data are never in flight together: not two client writes, not a
+client write and a resync copy. The table answers "what stands in my way" and hands back the waiters of
+whatever goes. Small ranges are kept per 4 KiB block, so a check is one dictionary look-up; a range above
+`SMALL_MAX` (trims, zeroes) is kept in a short list, because entering each of its blocks would cost more
+than walking the few large ranges there ever are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from .units import BLOCK, BLOCK_SHIFT, IO_MAX
+
+SMALL_MAX: Final = IO_MAX
+
+
+class Range(Protocol):
+    offset: int
+    length: int
+
+
+class Lock:
+    """A range held by resync, so that no application write starts in it."""
+
+    __slots__ = ("length", "offset")
+
+    def __init__(self, offset: int, length: int) -> None:
+        self.offset = offset
+        self.length = length
+
+
+class Intervals:
+    """The ranges of one volume that are being changed or must not change. Block granularity (4 KiB)."""
+
+    __slots__ = ("_waiters", "busy", "large")
+
+    def __init__(self) -> None:
+        self.busy: dict[int, Range] = {}  # block -> its holder; the hot path reads it directly
+        self.large: list[Range] = []
+        self._waiters: dict[Range, list[Callable[[], None]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.busy or self.large)
+
+    def blocker(self, offset: int, length: int) -> Range | None:
+        """What overlaps the range (rounded out to blocks), or None."""
+        first, end = offset >> BLOCK_SHIFT, (offset + length + BLOCK - 1) >> BLOCK_SHIFT
+        for other in self.large:
+            if other.offset >> BLOCK_SHIFT < end and (other.offset + other.length + BLOCK - 1) >> BLOCK_SHIFT > first:
+                return other
+        busy = self.busy
+        if end - first <= len(busy):
+            for block in range(first, end):
+                if block in busy:
+                    return busy[block]
+            return None
+        for block, other in busy.items():
+            if first <= block < end:
+                return other
+        return None
+
+    def add(self, entry: Range) -> None:
+        """Enter a range that `blocker` found free."""
+        if entry.length > SMALL_MAX:
+            self.large.append(entry)
+            return
+        busy = self.busy
+        for block in range(entry.offset >> BLOCK_SHIFT, (entry.offset + entry.length + BLOCK - 1) >> BLOCK_SHIFT):
+            assert block not in busy, "two holders of one block"
+            busy[block] = entry
+
+    def remove(self, entry: Range) -> list[Callable[[], None]]:
+        """Take a range out; returns what waited for it, to be called by the owner of the table."""
+        if entry.length > SMALL_MAX:
+            self.large.remove(entry)
+        else:
+            busy = self.busy
+            for block in range(
+                entry.offset >> BLOCK_SHIFT, (entry.offset + entry.length + BLOCK - 1) >> BLOCK_SHIFT
+            ):
+                del busy[block]
+        return self._waiters.pop(entry, []) if self._waiters else []
+
+    @property
+    def has_waiters(self) -> bool:
+        return bool(self._waiters)
+
+    def wait(self, entry: Range, retry: Callable[[], None]) -> None:
+        """Call *retry* once *entry* is gone."""
+        self._waiters.setdefault(entry, []).append(retry)
+
+    def wanted(self, entry: Range) -> bool:
+        """Does anything wait for *entry*?"""
+        return entry in self._waiters

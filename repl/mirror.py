@@ -1,0 +1,768 @@
+"""The writes and reads of our own applications: from submit to the answer, and the log of what the peer may lose.
+
+Decides when a request may start (state, overlap, activity log), where it goes (local disk, peer, or a
+note that the peer misses it), and when it is answered. Keeps the transfer log: every mirrored write stays
+in its epoch until the peer has acknowledged the epoch's barrier; when the peer is lost before that, the
+range becomes out of sync, also when the application was answered long ago.
+
+Relies on `volume.fast` for the short path; the long path (`enter`) is the specification.
+Source of the rules: drbd_req.c, and wire sections on epochs and barriers of protocol 100+.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from .meta_writer import CallbackOp
+from .requests import FUA, MAY_UNMAP, DiskOp, Op, Request
+from .states import ConnState, DiskState, Role
+from .units import extents_touched
+from .volume import Volume
+from .wire import (
+    DATA_PACKET,
+    DP_DISCARD,
+    DP_FLUSH,
+    DP_FUA,
+    DP_MAY_SET_IN_SYNC,
+    DP_SEND_RECEIVE_ACK,
+    DP_SEND_WRITE_ACK,
+    DP_ZEROES,
+    MAGIC,
+    Feature,
+    Packet,
+    pack_barrier,
+    pack_block_desc,
+    pack_block_req,
+    pack_data,
+    pack_trim,
+)
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Bits of Request.waiting.
+LOCAL: Final = 1
+PEER: Final = 2
+# Bits of Request.legs.
+LOCAL_OK: Final = 1
+PEER_OK: Final = 2
+MIRRORED: Final = 4  # the peer was sent the data
+IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
+AL_REF: Final = 16  # holds references on its activity-log extents
+IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
+BOTH_OK: Final = LOCAL_OK | PEER_OK
+
+FAST_LENGTH_MAX: Final = 1 << 20
+REQUESTS_MAX: Final = 4096  # requests in the machine before front ends stop reading
+LOG_MAX: Final = 50_000  # writes in the transfer log before the peer is asked to flush
+BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
+
+BLOCKED_CONNS: Final = frozenset((ConnState.WF_BITMAP_T, ConnState.WF_SYNC_UUID, ConnState.STARTING_SYNC_T))
+
+
+class Epoch:
+    """The mirrored writes between two P_BARRIER packets."""
+
+    __slots__ = ("barrier", "barrier_sent", "closed", "n_sent", "requests", "since")
+
+    def __init__(self, barrier: int, now: float) -> None:
+        self.barrier = barrier
+        self.requests: list[Request | PeerFlush] = []
+        self.n_sent = 0
+        self.closed = False
+        self.barrier_sent = False
+        self.since = now
+
+
+class PeerFlush:
+    """An empty P_DATA with the flush flag: the peer answers when everything before it is stable there."""
+
+    __slots__ = ("block_id", "volume", "waiting")
+
+    def __init__(self, volume: Volume, block_id: int) -> None:
+        self.volume = volume
+        self.block_id = block_id
+        self.waiting = PEER
+
+
+class Mirror:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self.inflight: dict[int, Request | PeerFlush] = {}
+        self.epochs: deque[Epoch] = deque()
+        self.n_log = 0
+        self.barrier_nr = 0
+        self.barrier_at: float | None = None
+        self.next_id = 1
+        self.n_app = 0
+        self.asked_for_flush = False
+
+    # ------------------------------------------------------------------------------ entry
+
+    def submit(self, vol: Volume, batch: list[Request]) -> None:
+        """Take a batch from a front end; each request comes back exactly once in ``outbox.done``."""
+        n = len(batch)
+        self.n_app += n
+        vol.n_app += n
+        vol.last_app_io = self.e.now
+        if vol.fast and not vol.intervals.large:
+            batch = self._submit_fast(vol, batch)
+        for r in batch:
+            self.enter(vol, r)
+
+    def _submit_fast(self, vol: Volume, batch: list[Request]) -> list[Request]:
+        """Established, UpToDate, Primary, protocol C: start what needs no waiting, return the rest.
+
+        One header array for the whole batch; payloads are passed on as they came.
+        """
+        rest: list[Request] = []
+        writes: list[Request] = []
+        disk = self.e.out.disk
+        busy, al_get = vol.intervals.busy, vol.al.get
+        for r in batch:
+            offset, length = r.offset, r.length
+            if r.op == Op.READ:
+                r.waiting = LOCAL
+                disk.append(r)
+                vol.n_local += 1
+                continue
+            first, end = offset >> 12, (offset + length + 4095) >> 12
+            if (
+                r.op != Op.WRITE or length > FAST_LENGTH_MAX or first in busy
+                or offset >> 22 != (offset + length - 1) >> 22
+            ):  # fmt: skip
+                rest.append(r)
+                continue
+            if end - first > 1:
+                if any(block in busy for block in range(first, end)) or not al_get(offset >> 22):
+                    rest.append(r)
+                    continue
+                for block in range(first, end):
+                    busy[block] = r
+            else:
+                if not al_get(offset >> 22):
+                    rest.append(r)
+                    continue
+                busy[first] = r
+            writes.append(r)
+        if writes:
+            self._send_batch(vol, writes)
+        return rest
+
+    def _send_batch(self, vol: Volume, writes: list[Request]) -> None:
+        """Frame *writes* as P_DATA and start them on both disks."""
+        while writes:
+            epoch = self.epoch_for_write()
+            room = self.e.config.net.max_epoch_size - epoch.n_sent
+            now, writes = writes[:room], writes[room:]
+            n = len(now)
+            headers = bytearray(40 * n)
+            view, pack, at = memoryview(headers), DATA_PACKET.pack_into, 0
+            out_data, inflight = self.e.out.data, self.inflight
+            number, seq, block_id = vol.number, vol.seq, self.next_id
+            sent = 0
+            for r in now:
+                seq += 1
+                flags = DP_SEND_WRITE_ACK | DP_FUA if r.flags & FUA else DP_SEND_WRITE_ACK
+                pack(headers, at, MAGIC, number, Packet.DATA, 24 + r.length, 0,
+                     r.offset >> 9, block_id, seq & 0xFFFFFFFF, flags)  # fmt: skip
+                assert r.payload is not None
+                out_data += (view[at : at + 40], r.payload)
+                inflight[block_id] = r
+                r.block_id = block_id
+                r.epoch = epoch
+                r.waiting = LOCAL | PEER
+                r.legs = MIRRORED | IN_LOG | AL_REF
+                sent += r.length
+                block_id += 1
+                at += 40
+            vol.seq, self.next_id = seq, block_id
+            epoch.requests += now
+            epoch.n_sent += n
+            self.n_log += n
+            vol.n_pending += n
+            vol.n_local += n
+            vol.bytes_sent += sent
+            self.e.out.disk += now
+
+    def enter(self, vol: Volume, r: Request) -> None:
+        """One request, the long way: wait for what it must wait for, then start it."""
+        state = vol.state
+        if state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS:
+            vol.held.append(r)
+        elif state.role != Role.PRIMARY:
+            self._fail(vol, r, errno.EPERM)
+        elif r.op == Op.FLUSH:
+            vol.flush_waiting.append(r)
+            self._start_flush(vol)
+        elif r.op == Op.READ:
+            self._read(vol, r)
+        else:
+            self._write(vol, r)
+
+    def release_held(self, vol: Volume) -> None:
+        """The state changed: try again what was held back."""
+        for _ in range(len(vol.held)):
+            self.enter(vol, vol.held.popleft())
+
+    def _fail(self, vol: Volume, r: Request, error: int) -> None:
+        r.error = error
+        r.waiting = 0
+        self._answer(vol, [r])
+
+    # ------------------------------------------------------------------------------ reads
+
+    def _read(self, vol: Volume, r: Request) -> None:
+        r.error = 0
+        if vol.readable_locally(r.offset, r.length):
+            r.waiting = LOCAL
+            vol.n_local += 1
+            self.e.out.disk.append(r)
+        elif vol.state.connected and vol.state.pdsk == DiskState.UP_TO_DATE:
+            self._read_from_peer(vol, r)
+        elif vol.state.disk == DiskState.CONSISTENT:
+            # Not known to be current, but nobody better is in sight: what a Primary in this state shows.
+            r.waiting = LOCAL
+            vol.n_local += 1
+            self.e.out.disk.append(r)
+        else:
+            self._fail(vol, r, errno.EIO)
+
+    def read_reply(self, vol: Volume, block_id: int, data: memoryview) -> bool:
+        """P_DATA_REPLY; False when the request is unknown."""
+        r = vol.reads.pop(block_id, None)
+        if r is None:
+            return False
+        r.payload = data
+        r.waiting = 0
+        vol.bytes_received += len(data)
+        self._answer(vol, [r])
+        return True
+
+    def read_refused(self, vol: Volume, block_id: int) -> None:
+        """P_NEG_DREPLY: another copy, or an error."""
+        r = vol.reads.pop(block_id, None)
+        if r is not None:
+            if vol.readable_locally(r.offset, r.length):
+                self._read(vol, r)
+            else:
+                self._fail(vol, r, errno.EIO)
+
+    # ------------------------------------------------------------------------------ writes
+
+    def _write(self, vol: Volume, r: Request) -> None:
+        state = vol.state
+        if state.disk != DiskState.UP_TO_DATE and state.pdsk != DiskState.UP_TO_DATE:
+            self._fail(vol, r, errno.EIO)
+            return
+        if r.length == 0:
+            self._answer(vol, [r])
+            return
+        blocker = vol.intervals.blocker(r.offset, r.length)
+        if blocker is not None:
+            vol.intervals.wait(blocker, lambda: self.enter(vol, r))
+            return
+        vol.intervals.add(r)
+        r.legs = 0
+        if vol.local and not vol.al_suspended and not self._take_extents(vol, r):
+            vol.al_waiting.append(r)
+            self.kick_activity_log(vol)
+            return
+        self._dispatch(vol, r)
+
+    def _take_extents(self, vol: Volume, r: Request) -> bool:
+        """References on all extents of the request, or none; wishes for those that are cold."""
+        al, extents = vol.al, extents_touched(r.offset, r.length)
+        cold = [extent for extent in extents if extent not in al.refs]
+        for extent in cold:
+            al.want(extent)
+        if cold:
+            return False
+        for extent in extents:
+            al.get(extent)
+        r.legs |= AL_REF
+        return True
+
+    def kick_activity_log(self, vol: Volume) -> None:
+        """Write the next activity-log transaction if one is wanted and possible."""
+        if vol.al.busy or not vol.al.n_wanted or vol.meta is None:
+            return
+        transaction = vol.al.begin()
+        if transaction is None:
+            if not vol.al.busy:  # every slot is in use: the peer's next barrier ack frees some
+                self._ask_for_flush(vol)
+            return
+        if vol.config.disk_options.al_updates:
+            vol.meta.write_transaction(transaction, lambda ok: self._transaction_done(vol, ok))
+        else:
+            self._transaction_done(vol, True)
+
+    def _transaction_done(self, vol: Volume, ok: bool) -> None:
+        if ok:
+            vol.al.commit()
+        for _ in range(len(vol.al_waiting)):
+            r = vol.al_waiting.popleft()
+            if not vol.local or self._take_extents(vol, r):
+                self._dispatch(vol, r)
+            else:
+                vol.al_waiting.append(r)
+        self.e.replica.extents_ready(vol)
+        self.kick_activity_log(vol)
+
+    def _dispatch(self, vol: Volume, r: Request) -> None:
+        """Start a write that holds its range (and extents): to the disk, to the peer, or to both."""
+        state = vol.state
+        if state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS:
+            self._release(vol, r)
+            vol.held.append(r)
+            return
+        if state.disk != DiskState.UP_TO_DATE and state.pdsk != DiskState.UP_TO_DATE:
+            self._release(vol, r)
+            self._fail(vol, r, errno.EIO)
+            return
+        r.waiting = 0
+        if vol.mirror:
+            self._send(vol, r)
+        elif vol.local:
+            newly_set = vol.set_out_of_sync(r.offset, r.length)
+            if vol.tell_out_of_sync and newly_set:
+                self.e.out.data.append(
+                    pack_block_desc(Packet.OUT_OF_SYNC, vol.number, r.offset >> 9, r.length)
+                )
+        if vol.local:
+            r.waiting |= LOCAL
+            vol.n_local += 1
+            self.e.out.disk.append(r)
+        assert r.waiting, "a write must go somewhere"
+
+    def _send(self, vol: Volume, r: Request) -> None:
+        """Put one write on the data socket and into the transfer log."""
+        e = self.e
+        epoch = self.epoch_for_write()
+        block_id = self.next_id
+        self.next_id += 1
+        vol.seq += 1
+        protocol = e.config.net.protocol
+        flags = DP_FUA if r.flags & FUA else 0
+        waits = protocol != "A"
+        if vol.syncing:
+            flags |= DP_MAY_SET_IN_SYNC | DP_SEND_WRITE_ACK
+            waits = True
+        elif protocol == "C":
+            flags |= DP_SEND_WRITE_ACK
+        elif protocol == "B":
+            flags |= DP_SEND_RECEIVE_ACK
+        seq = vol.seq & 0xFFFFFFFF
+        if r.op == Op.WRITE:
+            assert r.payload is not None
+            digest = e.integrity(r.payload) if e.integrity else b""
+            e.out.data += (
+                pack_data(Packet.DATA, vol.number, r.offset >> 9, block_id, seq, flags, r.length, digest),
+                r.payload,
+            )
+            vol.bytes_sent += r.length
+        elif r.op == Op.TRIM or not e.link.features & Feature.WZEROES:
+            flags |= DP_DISCARD
+            e.out.data.append(
+                pack_trim(Packet.TRIM, vol.number, r.offset >> 9, block_id, seq, flags, r.length)
+            )
+        else:
+            flags |= DP_ZEROES | (DP_DISCARD if r.flags & MAY_UNMAP else 0)
+            e.out.data.append(
+                pack_trim(Packet.ZEROES, vol.number, r.offset >> 9, block_id, seq, flags, r.length)
+            )
+        r.block_id = block_id
+        r.epoch = epoch
+        r.legs |= MIRRORED | IN_LOG
+        self.inflight[block_id] = r
+        if waits:
+            r.waiting |= PEER
+            vol.n_pending += 1
+        else:
+            r.legs |= PEER_OK
+        epoch.requests.append(r)
+        epoch.n_sent += 1
+        self.n_log += 1
+
+    # ------------------------------------------------------------------------------ epochs
+
+    def epoch_for_write(self) -> Epoch:
+        """The open epoch; ends the previous one with its P_BARRIER when it was closed."""
+        if self.epochs:
+            epoch = self.epochs[-1]
+            if not epoch.closed and epoch.n_sent < self.e.config.net.max_epoch_size:
+                return epoch
+            epoch.closed = True
+            self.send_barrier(epoch)
+        epoch = Epoch(self.barrier_nr, self.e.now)
+        self.barrier_nr = (self.barrier_nr + 1) & 0xFFFFFFFF
+        self.epochs.append(epoch)
+        return epoch
+
+    def send_barrier(self, epoch: Epoch) -> None:
+        if not epoch.barrier_sent and epoch.n_sent:
+            epoch.barrier_sent = True
+            self.e.out.data.append(pack_barrier(epoch.barrier))
+        self.barrier_at = None
+
+    def close_epoch(self) -> None:
+        """End the open epoch now, if it has writes (a flush, a state change, an idle sender)."""
+        if self.epochs and self.epochs[-1].n_sent:
+            self.epochs[-1].closed = True
+            self.send_barrier(self.epochs[-1])
+
+    def barrier_acked(self, barrier: int, set_size: int) -> str:
+        """P_BARRIER_ACK; returns a sentence when it does not fit, else an empty string."""
+        if not self.epochs or not self.epochs[0].barrier_sent:
+            return f"barrier ack {barrier} without an open barrier"
+        epoch = self.epochs[0]
+        if epoch.barrier != barrier or epoch.n_sent != set_size:
+            return (
+                f"barrier ack {barrier} for {set_size} writes, expected {epoch.barrier} for {epoch.n_sent}"
+            )
+        self.epochs.popleft()
+        self.n_log -= len(epoch.requests)
+        self.asked_for_flush = False
+        volumes = self.e.volumes
+        for r in epoch.requests:
+            if type(r) is Request:
+                r.legs &= ~IN_LOG
+                if not r.waiting & LOCAL:
+                    self._drop_extents(volumes[r.volume], r)
+                if self.inflight:
+                    self.inflight.pop(r.block_id, None)  # protocols A and B have no write ack
+        for vol in volumes.values():
+            if vol.al.n_wanted:
+                self.kick_activity_log(vol)
+        return ""
+
+    def _drop_extents(self, vol: Volume, r: Request) -> None:
+        if r.legs & AL_REF:
+            r.legs &= ~AL_REF
+            put = vol.al.put
+            for extent in range(r.offset >> 22, ((r.offset + r.length - 1) >> 22) + 1):
+                put(extent)
+
+    def _ask_for_flush(self, vol: Volume) -> None:
+        """The transfer log holds up the activity log: have the peer flush, so that it can shrink."""
+        if not self.asked_for_flush and self.n_log and vol.mirror:
+            self.asked_for_flush = True
+            self._send_flush(vol)
+            self.close_epoch()
+
+    # ------------------------------------------------------------------------------ completions
+
+    def local_done(self, ops: list[Request]) -> None:
+        """The local disk answered these requests."""
+        finished: list[Request] = []
+        for r in ops:
+            vol = self.e.volumes[r.volume]
+            vol.n_local -= 1
+            r.waiting &= ~LOCAL
+            if r.error:
+                self._local_failed(vol, r, finished)
+                continue
+            r.legs |= LOCAL_OK
+            if r.op == Op.READ:
+                vol.bytes_read += r.length
+            else:
+                vol.bytes_written += r.length
+                vol.data_version += 1
+            if not r.waiting:
+                finished.append(r)
+        if finished:
+            self.finish(finished)
+
+    def _local_failed(self, vol: Volume, r: Request, finished: list[Request]) -> None:
+        """The local disk failed a request: the peer's copy answers it, if there is one."""
+        error, r.error = r.error, 0
+        if r.op == Op.READ:
+            vol.set_out_of_sync(r.offset, r.length)
+            self.e.disks.failed(vol, error, write=False)
+            if vol.state.connected and vol.state.pdsk == DiskState.UP_TO_DATE:
+                self._read_from_peer(vol, r)
+            else:
+                self._fail(vol, r, errno.EIO)
+            return
+        vol.set_out_of_sync(r.offset, r.length)
+        self.e.disks.failed(vol, error, write=True)
+        if not r.waiting:
+            finished.append(r)
+
+    def _read_from_peer(self, vol: Volume, r: Request) -> None:
+        r.waiting = PEER
+        r.block_id = self.next_id
+        self.next_id += 1
+        vol.reads[r.block_id] = r
+        self.e.out.data.append(
+            pack_block_req(Packet.DATA_REQUEST, vol.number, r.offset >> 9, r.block_id, r.length)
+        )
+
+    def peer_acked(self, r: Request, in_sync: bool, finished: list[Request]) -> None:
+        """A positive ack for a mirrored write."""
+        r.legs |= PEER_OK | IN_SYNC if in_sync else PEER_OK
+        if r.waiting & PEER:
+            r.waiting &= ~PEER
+            self.e.volumes[r.volume].n_pending -= 1
+            if not r.waiting:
+                finished.append(r)
+
+    def peer_refused(self, r: Request, finished: list[Request]) -> None:
+        """P_NEG_ACK: the peer does not have this write."""
+        vol = self.e.volumes[r.volume]
+        vol.set_out_of_sync(r.offset, r.length)
+        r.legs &= ~PEER_OK
+        if r.waiting & PEER:
+            r.waiting &= ~PEER
+            vol.n_pending -= 1
+            if not r.waiting:
+                finished.append(r)
+
+    def finish(self, finished: list[Request]) -> None:
+        """These requests have no leg out any more: settle what they leave behind and answer them."""
+        by_volume: dict[int, list[Request]] = {}
+        volumes = self.e.volumes
+        for r in finished:
+            by_volume.setdefault(r.volume, []).append(r)
+        for number, requests in by_volume.items():
+            vol = volumes[number]
+            busy = vol.intervals.busy
+            waiters = []
+            for r in requests:
+                if r.op == Op.READ:
+                    continue
+                if r.legs & BOTH_OK != BOTH_OK or r.legs & IN_SYNC:
+                    self._settle(vol, r)
+                if r.length <= 4096 and not vol.intervals.has_waiters:
+                    first = r.offset >> 12
+                    del busy[first]
+                    last = (r.offset + r.length - 1) >> 12
+                    if last != first:
+                        del busy[last]
+                else:
+                    waiters += vol.intervals.remove(r)
+                if not r.legs & IN_LOG:
+                    self._drop_extents(vol, r)
+                r.payload = None
+            self._answer(vol, requests)
+            for wake in waiters:
+                wake()
+
+    def _settle(self, vol: Volume, r: Request) -> None:
+        """A write that did not simply reach both disks: its bits, and its error."""
+        legs = r.legs
+        if legs & BOTH_OK == BOTH_OK:
+            if legs & IN_SYNC and vol.syncing:
+                vol.set_in_sync(r.offset, r.length)
+                self.e.resync.progressed(vol)
+            return
+        vol.set_out_of_sync(r.offset, r.length)
+        if not legs & BOTH_OK:
+            r.error = errno.EIO
+
+    def _release(self, vol: Volume, r: Request) -> None:
+        """Give back the range and the extents of a write that did not start after all."""
+        self._drop_extents(vol, r)
+        for wake in vol.intervals.remove(r):
+            wake()
+
+    def _answer(self, vol: Volume, requests: list[Request]) -> None:
+        """Hand requests back, unless answers are held (a new generation is not durable, I/O is frozen)."""
+        if vol.completion_gates or vol.state.suspended:
+            vol.gated += requests
+            return
+        if self.epochs:
+            epoch = self.epochs[-1]
+            if not epoch.closed and epoch.n_sent:
+                for r in requests:
+                    if r.epoch is epoch:
+                        epoch.closed = True
+                        self.barrier_at = self.e.now + BARRIER_DELAY_S
+                        break
+        n = len(requests)
+        self.n_app -= n
+        vol.n_app -= n
+        self.e.out.done += requests
+
+    def release_gated(self, vol: Volume) -> None:
+        if vol.gated and not vol.completion_gates and not vol.state.suspended:
+            gated, vol.gated = vol.gated, []
+            self._answer(vol, gated)
+
+    # ------------------------------------------------------------------------------ flush
+
+    def _start_flush(self, vol: Volume) -> None:
+        """Start the next flush when none is running; every flush that waits shares it."""
+        if vol.flush_batch or not vol.flush_waiting:
+            return
+        vol.flush_batch, vol.flush_waiting = vol.flush_waiting, []
+        vol.flush_legs = 0
+        for r in vol.flush_batch:
+            r.legs = 0
+        self.close_epoch()
+        if vol.mirror:
+            vol.flush_legs |= PEER
+            self._send_flush(vol)
+        if vol.local:
+            vol.flush_legs |= LOCAL
+            vol.n_local += 1
+            op = CallbackOp(Op.FLUSH, vol.number, 0, 0, None, 0, 0, lambda op: self._flushed_locally(vol, op))
+            self.e.out.disk.append(op)
+        if not vol.flush_legs:
+            self._flush_done(vol)
+
+    def _send_flush(self, vol: Volume) -> None:
+        epoch = self.epoch_for_write()
+        flush = PeerFlush(vol, self.next_id)
+        self.next_id += 1
+        vol.seq += 1
+        self.inflight[flush.block_id] = flush
+        epoch.requests.append(flush)
+        epoch.n_sent += 1
+        self.n_log += 1
+        self.e.out.data.append(
+            pack_data(Packet.DATA, vol.number, 0, flush.block_id, vol.seq & 0xFFFFFFFF,
+                      DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())  # fmt: skip
+        )
+
+    def _flushed_locally(self, vol: Volume, op: DiskOp) -> None:
+        vol.n_local -= 1
+        if op.error:
+            self.e.disks.failed(vol, op.error, write=True)
+        else:
+            for r in vol.flush_batch:
+                r.legs |= LOCAL_OK
+        self._flush_leg(vol, LOCAL)
+
+    def flush_acked(self, flush: PeerFlush) -> None:
+        flush.waiting = 0
+        for r in flush.volume.flush_batch:
+            r.legs |= PEER_OK
+        self.close_epoch()
+        self._flush_leg(flush.volume, PEER)
+
+    def flush_refused(self, flush: PeerFlush) -> None:
+        """The peer could not flush; the local disk alone answers."""
+        flush.waiting = 0
+        self._flush_leg(flush.volume, PEER)
+
+    def _flush_leg(self, vol: Volume, leg: int) -> None:
+        if vol.flush_batch and vol.flush_legs & leg:
+            vol.flush_legs &= ~leg
+            if not vol.flush_legs:
+                self._flush_done(vol)
+
+    def _flush_done(self, vol: Volume) -> None:
+        batch, vol.flush_batch = vol.flush_batch, []
+        for r in batch:
+            if not r.legs & BOTH_OK:
+                r.error = errno.EIO
+        self._answer(vol, batch)
+        self._start_flush(vol)
+
+    # ------------------------------------------------------------------------------ the peer is gone
+
+    def connection_lost(self) -> None:
+        """Forget the peer: whatever it had not confirmed as stable becomes out of sync."""
+        epochs, self.epochs = self.epochs, deque()
+        self.inflight = {}
+        self.n_log = 0
+        self.barrier_at = None
+        self.asked_for_flush = False
+        finished: list[Request] = []
+        flushes: list[PeerFlush] = []
+        volumes = self.e.volumes
+        for epoch in epochs:
+            for r in epoch.requests:
+                if type(r) is not Request:
+                    assert isinstance(r, PeerFlush)
+                    flushes.append(r)
+                    continue
+                vol = volumes[r.volume]
+                vol.set_out_of_sync(r.offset, r.length)
+                r.legs &= ~(IN_LOG | PEER_OK)
+                if r.waiting & PEER:
+                    r.waiting &= ~PEER
+                    vol.n_pending -= 1
+                    if not r.waiting:
+                        finished.append(r)
+                elif not r.waiting:
+                    self._drop_extents(vol, r)
+        self.finish(finished)
+        for flush in flushes:
+            if flush.waiting:
+                self._flush_leg(flush.volume, PEER)
+        for vol in volumes.values():
+            if vol.al.n_wanted:
+                self.kick_activity_log(vol)
+
+    def log_out_of_sync(self, vol: Volume) -> None:
+        """The peer lost its disk: nothing it holds unflushed counts any more."""
+        for epoch in self.epochs:
+            for r in epoch.requests:
+                if type(r) is Request and r.volume == vol.number:
+                    vol.set_out_of_sync(r.offset, r.length)
+
+    def reads_lost(self, vol: Volume) -> None:
+        """Reads that waited for the peer: another copy, or held back, or an error."""
+        reads, vol.reads = vol.reads, {}
+        for r in reads.values():
+            r.waiting = 0
+            self.enter(vol, r)
+
+    def replay(self) -> None:
+        """The peer is back and never lost its memory: send again what it did not answer.
+
+        Writes it did answer count as if their barrier had been acknowledged.
+        """
+        epochs, self.epochs = self.epochs, deque()
+        self.inflight = {}
+        self.n_log = 0
+        for epoch in epochs:
+            for r in epoch.requests:
+                if isinstance(r, PeerFlush):
+                    if r.waiting:
+                        self._send_flush(r.volume)
+                    continue
+                vol = self.e.volumes[r.volume]
+                r.legs &= ~IN_LOG
+                if r.waiting & PEER:
+                    r.waiting &= ~PEER
+                    vol.n_pending -= 1
+                    self._send(vol, r)
+                elif not r.waiting:
+                    self._drop_extents(vol, r)
+        self.close_epoch()
+
+    def disk_gone(self, vol: Volume) -> None:
+        """The local disk was detached: what waited for its activity log goes on without it."""
+        for epoch in self.epochs:
+            for r in epoch.requests:
+                if type(r) is Request and r.volume == vol.number:
+                    r.legs &= ~AL_REF
+        for holder in (*vol.intervals.busy.values(), *vol.intervals.large):
+            if isinstance(holder, Request):
+                holder.legs &= ~AL_REF
+        for _ in range(len(vol.al_waiting)):
+            r = vol.al_waiting.popleft()
+            self._dispatch(vol, r)
+
+    # ------------------------------------------------------------------------------ time
+
+    def tick(self, now: float) -> None:
+        if self.barrier_at is not None and now >= self.barrier_at:
+            self.close_epoch()
+            self.barrier_at = None
+
+    def oldest_unanswered(self) -> float | None:
+        """When the oldest request was sent that the peer still owes an answer for."""
+        for epoch in self.epochs:
+            if epoch.barrier_sent or any(r.waiting & PEER for r in epoch.requests):
+                return epoch.since
+        return None
+
+    @property
+    def congested(self) -> bool:
+        return self.n_app >= REQUESTS_MAX

@@ -1,0 +1,450 @@
+"""Writes on behalf of the peer: received, put on the local disk, acknowledged, made stable epoch by epoch.
+
+Decides when a received write may start, which ack it gets, and when an epoch's P_BARRIER_ACK may go out.
+Our barrier ack says more than the kernel's: it is sent after the flush, so the peer may forget the epoch.
+
+A peer that sends its flushes explicitly (we recognise our own kind by the features packet) needs no flush
+between epochs to keep its writes in order; its epochs are made stable in shared flushes, paced so that
+they take at most about a tenth of the disk's time. For any other peer an epoch is drained and flushed
+before anything behind its barrier is written, as `disk-flushes` promises.
+
+Source: drbd_receiver.c, receive_Data, e_end_block, drbd_may_finish_epoch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from .meta_writer import CallbackOp
+from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op
+from .states import ConnState, DiskState
+from .units import extents_touched
+from .volume import Volume
+from .wire import (
+    ACK,
+    DATA_PACKET,
+    DP_DISCARD,
+    DP_FLUSH,
+    DP_FUA,
+    DP_MAY_SET_IN_SYNC,
+    DP_SEND_RECEIVE_ACK,
+    DP_SEND_WRITE_ACK,
+    MAGIC,
+    Feature,
+    Packet,
+    pack_barrier_ack,
+)
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+PAUSE_FACTOR: Final = 10  # pause this many times as long as the last flush took
+PAUSE_MIN_S: Final = 0.02
+PAUSE_MAX_S: Final = 1.0  # far below the 42 s after which a peer gives up on a missing barrier ack
+
+
+class PeerEpoch:
+    """What the peer sent between two barriers."""
+
+    __slots__ = ("active", "barrier", "dead", "size")
+
+    def __init__(self) -> None:
+        self.barrier: int | None = None  # known once the epoch is complete
+        self.size = 0
+        self.active = 0  # not yet answered
+        self.dead = False  # its connection is gone: answer nothing
+
+
+class PeerWrite(DiskOp):
+    """One write of the peer: the disk operation and what its ack needs."""
+
+    __slots__ = ("al_ref", "block_id", "dp", "epoch", "sector", "tracked")
+
+    def __init__(
+        self, op: int, volume: int, sector: int, length: int, payload: Buffer | None, flags: int,
+        block_id: int, dp: int, epoch: PeerEpoch,
+    ) -> None:  # fmt: skip
+        self.op = op
+        self.volume = volume
+        self.area = DATA
+        self.offset = sector << 9
+        self.length = length
+        self.payload = payload
+        self.flags = flags
+        self.error = 0
+        self.sector = sector
+        self.block_id = block_id
+        self.dp = dp
+        self.epoch = epoch
+        self.tracked = False
+        self.al_ref = False
+
+
+class Replica:
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self.epoch = PeerEpoch()
+        self.closed: deque[PeerEpoch] = deque()
+        self.n_active = 0  # writes on the disk, of this and of earlier connections
+        self.stall: PeerEpoch | None = None  # nothing starts before this epoch is stable
+        self.stalled: deque[tuple[Volume, PeerWrite]] = deque()
+        self.draining = False  # protocols A and B: a flush waits for what was answered early
+        self.al_waiting: deque[tuple[Volume, PeerWrite]] = deque()
+        self.flush_waiting: list[PeerWrite] = []
+        self.flushing: list[PeerWrite] | None = None
+        self.flushing_epochs: list[PeerEpoch] = []
+        self.flush_out = 0
+        self.flush_began = 0.0
+        self.next_flush_at = 0.0
+        self.flush_failed = False
+
+    # ------------------------------------------------------------------------------ receiving
+
+    def receive_run(self, vol: Volume, view: memoryview, at: int) -> int:
+        """Take the run of complete P_DATA packets for *vol* that starts at *at*; returns where it ends.
+
+        The short path: the volume's disk is good, nothing is tracked, no digests, nothing stalled. Stops in
+        front of whatever it does not handle; the caller's long path takes that.
+        """
+        n, number, size = len(view), vol.number, vol.size
+        unpack, disk, epoch = DATA_PACKET.unpack_from, self.e.out.disk, self.epoch
+        count = received = 0
+        while n - at >= 40:
+            magic, volume, cmd, length, pad, sector, block_id, _, dp = unpack(view, at)
+            end = at + 16 + length
+            if (
+                cmd != Packet.DATA or end > n or magic != MAGIC or volume != number or pad
+                or length <= 24 or length > 24 + (1 << 20) or (length - 24) & 511
+                or (sector << 9) + length - 24 > size
+                or dp & ~(DP_SEND_WRITE_ACK | DP_FUA | 2)
+            ):  # fmt: skip
+                break
+            disk.append(
+                PeerWrite(Op.WRITE, number, sector, length - 24, view[at + 40 : end],
+                          FUA if dp & DP_FUA else 0, block_id, dp, epoch)  # fmt: skip
+            )
+            received += length - 24
+            count += 1
+            at = end
+        if count:
+            epoch.size += count
+            epoch.active += count
+            self.n_active += count
+            vol.n_local += count
+            vol.n_untracked += count
+            vol.n_unacked += count
+            vol.bytes_received += received
+        return at
+
+    def plain(self, vol: Volume) -> bool:
+        """May `receive_run` be used for this volume now?"""
+        return (
+            vol.local and self.stall is None and vol.state.conn == ConnState.CONNECTED
+            and vol.state.pdsk >= DiskState.INCONSISTENT and self.e.config.net.protocol == "C"
+            and self.e.peer_integrity is None
+        )  # fmt: skip
+
+    def write(
+        self, vol: Volume, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Buffer | None
+    ) -> None:
+        """One P_DATA, P_TRIM or P_ZEROES, the long way."""
+        epoch = self.epoch
+        epoch.size += 1
+        epoch.active += 1
+        flags = FUA if dp & DP_FUA else 0
+        if cmd == Packet.DATA:
+            op = Op.WRITE
+            if dp & DP_FLUSH and length:
+                flags |= PREFLUSH
+        elif cmd == Packet.TRIM and self.e.link.features & Feature.WZEROES:
+            op = Op.TRIM
+        else:
+            op = Op.ZEROES
+            if dp & DP_DISCARD:
+                flags |= MAY_UNMAP
+        w = PeerWrite(op, vol.number, sector, length, payload, flags, block_id, dp, epoch)
+        vol.n_unacked += 1
+        vol.bytes_received += length if payload is not None else 0
+        if dp & DP_SEND_RECEIVE_ACK:
+            self.e.send_ack(Packet.RECV_ACK, vol, sector, block_id, length)
+        if not vol.local:
+            self._answer(vol, w, Packet.NEG_ACK)
+            self.epochs_check()
+        elif self.stall is not None or self.draining:
+            self.stalled.append((vol, w))
+        else:
+            self._start(vol, w)
+
+    def _start(self, vol: Volume, w: PeerWrite) -> None:
+        if w.epoch.dead:
+            return
+        if w.length == 0:
+            self.flush_waiting.append(w)
+            self.draining = self.e.config.net.protocol != "C"
+            self._flush()
+            return
+        if vol.state.pdsk < DiskState.INCONSISTENT:
+            # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
+            w.dp &= ~DP_MAY_SET_IN_SYNC
+            vol.set_out_of_sync(w.offset, w.length)
+            if not vol.al_suspended and not w.al_ref and not self._take_extents(vol, w):
+                self.al_waiting.append((vol, w))
+                self.e.mirror.kick_activity_log(vol)
+                return
+        if vol.state.conn == ConnState.CONNECTED and self.e.config.net.protocol == "C":
+            vol.n_untracked += 1
+        else:
+            blocker = vol.peer_intervals.blocker(w.offset, w.length)
+            if blocker is not None:
+                vol.peer_intervals.wait(blocker, lambda: self._start(vol, w))
+                return
+            w.tracked = True
+            vol.peer_intervals.add(w)
+        self.n_active += 1
+        vol.n_local += 1
+        self.e.out.disk.append(w)
+
+    def _take_extents(self, vol: Volume, w: PeerWrite) -> bool:
+        cold = [extent for extent in extents_touched(w.offset, w.length) if extent not in vol.al.refs]
+        for extent in cold:
+            vol.al.want(extent)
+        if cold:
+            return False
+        for extent in extents_touched(w.offset, w.length):
+            vol.al.get(extent)
+        w.al_ref = True
+        return True
+
+    def extents_ready(self, vol: Volume) -> None:
+        """An activity-log transaction of *vol* ended: try again what waited for it."""
+        for _ in range(len(self.al_waiting)):
+            volume, w = self.al_waiting.popleft()
+            self._start(volume, w)
+
+    def barrier(self, barrier: int) -> None:
+        """P_BARRIER: the epoch is complete."""
+        epoch, self.epoch = self.epoch, PeerEpoch()
+        if not epoch.size:
+            return  # an empty epoch is never announced; there is nothing to acknowledge
+        epoch.barrier = barrier
+        self.closed.append(epoch)
+        if self._strict and self.stall is None:
+            self.stall = epoch
+        self.epochs_check()
+
+    @property
+    def _flushes(self) -> bool:
+        return any(v.config.disk_options.disk_flushes for v in self.e.volumes.values() if v.local)
+
+    @property
+    def _strict(self) -> bool:
+        """Must an epoch be stable before the next one is written?"""
+        return not self.e.link.peer_sends_flushes and self._flushes
+
+    # ------------------------------------------------------------------------------ completions
+
+    def local_done(self, ops: list[PeerWrite]) -> None:
+        """The disk answered these writes of the peer: ack them, all in one buffer."""
+        self.n_active -= len(ops)
+        plain: list[PeerWrite] = []
+        for w in ops:
+            vol = self.e.volumes[w.volume]
+            vol.n_local -= 1
+            if w.tracked or w.al_ref or w.error or w.epoch.dead or w.dp & DP_MAY_SET_IN_SYNC:
+                self._done_slow(vol, w)
+                continue
+            vol.n_untracked -= 1
+            vol.bytes_written += w.length
+            vol.data_version += 1
+            w.payload = None
+            if w.dp & DP_SEND_WRITE_ACK:
+                plain.append(w)
+            else:
+                vol.n_unacked -= 1
+                w.epoch.active -= 1
+        if plain:
+            self._ack_run(plain)
+        self.epochs_check()
+        if self.flush_waiting:
+            self._flush()
+        self.e.replica_progressed()
+
+    def _ack_run(self, plain: list[PeerWrite]) -> None:
+        """P_WRITE_ACK for each write, in one buffer."""
+        buffer = bytearray(40 * len(plain))
+        pack, at, volumes = ACK.pack_into, 0, self.e.volumes
+        for w in plain:
+            vol = volumes[w.volume]
+            vol.seq = seq = (vol.seq + 1) & 0xFFFFFFFF
+            vol.n_unacked -= 1
+            w.epoch.active -= 1
+            pack(buffer, at, MAGIC, w.volume, Packet.WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
+            at += 40
+        self.e.out.meta.append(buffer)
+
+    def _done_slow(self, vol: Volume, w: PeerWrite) -> None:
+        if not w.tracked:
+            vol.n_untracked -= 1
+        if w.error:
+            vol.set_out_of_sync(w.offset, w.length)
+        else:
+            vol.bytes_written += w.length
+            vol.data_version += 1
+        cmd = 0
+        if w.error:
+            cmd = Packet.NEG_ACK
+        elif w.dp & DP_MAY_SET_IN_SYNC and vol.syncing:
+            vol.set_in_sync(w.offset, w.length)
+            cmd = Packet.RS_WRITE_ACK
+        elif w.dp & DP_SEND_WRITE_ACK:
+            cmd = Packet.WRITE_ACK
+        self._answer(vol, w, cmd)
+        if w.al_ref:
+            for extent in extents_touched(w.offset, w.length):
+                vol.al.put(extent)
+        waiters = vol.peer_intervals.remove(w) if w.tracked else []
+        if w.error:
+            self.e.disks.failed(vol, w.error, write=True)
+        elif cmd == Packet.RS_WRITE_ACK:
+            self.e.resync.progressed(vol)
+        for wake in waiters:
+            wake()
+
+    def _answer(self, vol: Volume, w: PeerWrite, cmd: int) -> None:
+        w.payload = None
+        if w.epoch.dead:
+            return
+        vol.n_unacked -= 1
+        w.epoch.active -= 1
+        if cmd:
+            self.e.send_ack(cmd, vol, w.sector, w.block_id, w.length)
+
+    # ------------------------------------------------------------------------------ epochs and flushes
+
+    def epochs_check(self) -> None:
+        """Acknowledge, or begin to make stable, the complete epochs at the head."""
+        if not self.closed or self.closed[0].active:
+            return
+        if self._flushes:
+            self._flush()
+        else:
+            while self.closed and not self.closed[0].active:
+                self._ack_epoch(self.closed.popleft())
+
+    def _ripe(self) -> list[PeerEpoch]:
+        ripe = []
+        for epoch in self.closed:
+            if epoch.active:
+                break
+            ripe.append(epoch)
+        return ripe
+
+    def _flush(self) -> None:
+        """Begin a shared flush if one is due and none is running."""
+        if self.flushing is not None:
+            return
+        ripe = self._ripe() if self._flushes else []
+        due = ripe and (self.stall is not None or self.e.now >= self.next_flush_at)
+        if not self.flush_waiting and not due:
+            return
+        if self.flush_waiting and self.draining and self.n_active:
+            return  # answered early (A, B): what came before the flush must be written first
+        self.flushing, self.flush_waiting = self.flush_waiting, []
+        self.flushing_epochs = ripe
+        self.flush_began = self.e.now
+        self.flush_failed = False
+        targets = [v for v in self.e.volumes.values() if v.local]
+        self.flush_out = len(targets)
+        for vol in targets:
+            vol.n_local += 1
+            op = CallbackOp(Op.FLUSH, vol.number, 0, 0, None, 0, DATA, lambda op, vol=vol: self._flushed(vol, op))  # type: ignore[misc]
+            self.e.out.disk.append(op)
+        if not targets:
+            self._flush_done()
+
+    def _flushed(self, vol: Volume, op: DiskOp) -> None:
+        vol.n_local -= 1
+        self.flush_out -= 1
+        if op.error:
+            self.flush_failed = True
+            self.e.disks.failed(vol, op.error, write=True)
+        if not self.flush_out:
+            self._flush_done()
+        self.e.replica_progressed()
+
+    def _flush_done(self) -> None:
+        requests, self.flushing = self.flushing or [], None
+        epochs, self.flushing_epochs = self.flushing_epochs, []
+        took = self.e.now - self.flush_began
+        self.next_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), PAUSE_MAX_S)
+        for w in requests:
+            vol = self.e.volumes[w.volume]
+            failed = self.flush_failed or not vol.local
+            self._answer(vol, w, Packet.NEG_ACK if failed else Packet.WRITE_ACK)
+        if self.flush_failed:
+            # What was not made stable must stay in the peer's transfer log; it learns of our disk by P_STATE.
+            if any(not epoch.dead for epoch in epochs):
+                self.e.drop(ConnState.NETWORK_FAILURE, "a flush for the peer failed; it must not forget its writes")
+            return
+        for epoch in epochs:
+            if not epoch.dead:
+                assert self.closed[0] is epoch
+                self._ack_epoch(self.closed.popleft())
+        if self.draining and not self.flush_waiting:
+            self.draining = False
+            if self.stall is None:
+                self._unstall()
+        if self.flush_waiting:
+            self._flush()
+        self.epochs_check()
+
+    def _ack_epoch(self, epoch: PeerEpoch) -> None:
+        assert epoch.barrier is not None
+        self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
+        if epoch is self.stall:
+            self.stall = None
+            self._unstall()
+
+    def _unstall(self) -> None:
+        """Start what came behind the barrier, up to the next one that has to be stable first."""
+        while self.stalled:
+            vol, w = self.stalled[0]
+            if self.closed and self.closed[0] is not w.epoch and self._strict:
+                self.stall = self.closed[0]
+                self.epochs_check()
+                return
+            self.stalled.popleft()
+            self._start(vol, w)
+        if self.closed and self._strict:
+            self.stall = self.closed[0]
+            self.epochs_check()
+
+    # ------------------------------------------------------------------------------ ends
+
+    def connection_lost(self) -> None:
+        """The peer is gone: finish its writes on the disk, answer nothing."""
+        for epoch in (*self.closed, self.epoch):
+            epoch.dead = True
+        self.closed.clear()
+        self.epoch = PeerEpoch()
+        self.stall = None
+        self.draining = False
+        self.stalled.clear()
+        for vol, w in self.al_waiting:
+            w.epoch.dead = True
+            vol.n_unacked = 0
+        self.al_waiting.clear()
+        self.flush_waiting = []
+        for vol in self.e.volumes.values():
+            vol.n_unacked = 0
+
+    def deadline(self) -> float | None:
+        """When the paced flush of complete epochs is due."""
+        if self.flushing is None and self.closed and not self.closed[0].active and self._flushes:
+            return self.next_flush_at
+        return None
+
+    def tick(self) -> None:
+        if self.flushing is None and self.closed:
+            self.epochs_check()

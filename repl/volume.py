@@ -1,0 +1,210 @@
+"""One volume as the machine sees it: its state, its generations, its disk and what is in flight on it.
+
+Only data and derived facts live here; decisions are in `transition`, sequences in the other rooms. The
+derived facts (`mirror`, `local`, `fast` …) are recomputed once per state change by `refresh`, so that the
+data plane tests one flag per batch instead of a rule per request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .activity_log import ActivityLog
+from .bitmap import Bitmap
+from .config import NetOptions, VolumeConfig
+from .intervals import Intervals
+from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
+from .requests import Request
+from .states import ConnState, DiskState, Role, State
+from .units import SECTOR
+from .uuids import UuidSet, md_flags
+
+if TYPE_CHECKING:
+    from .meta_writer import MetaWriter
+    from .resync import SourceRun, TargetRun
+
+
+class Volume:
+    """The machine's record of one volume. Sizes in bytes unless the name says sectors."""
+
+    def __init__(self, config: VolumeConfig, net: NetOptions) -> None:
+        self.number = config.number
+        self.config = config
+        self.net = net
+        self.state = State()
+        # generations
+        self.uuids = UuidSet()
+        self.peer_uuids: UuidSet | None = None
+        self.peer_bits = 0
+        self.peer_uuid_flags = 0
+        self.sent_bits = 0
+        self.exposed = 0  # the generation applications last saw (bit 0 masked)
+        self.device_uuid = 0
+        self.discard_my_data = False
+        self.crashed_primary = False
+        self.new_current_pending = False  # a new generation is due once I/O resumes
+        # the disk
+        self.layout: Layout | None = None
+        self.bitmap = Bitmap(0)
+        self.al = ActivityLog()
+        self.al_suspended = False
+        self.full_sync_flag = False
+        self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
+        self.pending_sync_uuid: int | None = None  # P_SYNC_UUID that came before we were ready for it
+        self.al_nr_extents = 0
+        self.al_stripes = 1
+        self.al_stripe_size_4k = 8
+        self.la_peer_max_bio_size = 0
+        self.la_size = 0  # last agreed size
+        self.usable = 0  # what the local disk could offer; 0 without a disk
+        self.data_size = 0
+        self.size = 0  # the current device size
+        self.peer_size = 0  # what the peer's disk could offer; 0 unknown
+        self.peer_u_size = 0  # sectors
+        self.found_disk: DiskState | None = None  # what attach found, while Negotiating
+        self.found_pdsk: DiskState | None = None
+        self.attach_ticket = 0
+        self.detaching = False
+        self.meta: MetaWriter | None = None
+        self.n_local = 0  # operations out on the local disk
+        self.data_version = 0  # counts completed data writes, so that a flush knows whether it is needed
+        # in flight
+        self.intervals = Intervals()  # of our applications, and ranges resync holds against them
+        self.peer_intervals = Intervals()  # writes on behalf of the peer, while resync may run
+        self.held: deque[Request] = deque()  # waiting for the state to allow them
+        self.al_waiting: deque[Request] = deque()  # waiting for an activity-log transaction
+        self.reads: dict[int, Request] = {}  # remote reads by block_id
+        self.flush_waiting: list[Request] = []
+        self.flush_batch: list[Request] = []
+        self.flush_legs = 0
+        self.completion_gates = 0  # answers wait while this is not zero
+        self.gated: list[Request] = []
+        self.io_holds = 0  # requests wait in `held` while this is not zero
+        self.n_app = 0  # application requests in the machine
+        self.n_untracked = 0  # peer writes in flight that are not in `peer_intervals`
+        self.seq = 0
+        self.n_pending = 0
+        self.n_unacked = 0
+        self.open_count = 0
+        # resync
+        self.target: TargetRun | None = None
+        self.source: SourceRun | None = None
+        self.rs_failed = 0  # bits
+        self.rs_total = 0  # bits
+        self.rs_started = 0.0
+        self.rs_paused_s = 0.0
+        self.rs_paused_at: float | None = None
+        self.rs_marks: deque[tuple[float, int]] = deque(maxlen=8)
+        self.last_app_io = -1e9
+        # counters
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.al_writes = 0
+        self.bm_writes = 0
+        # derived from the state
+        self.local = False  # the local disk takes writes
+        self.mirror = False  # writes go to the peer
+        self.tell_out_of_sync = False  # the peer is told which blocks it misses
+        self.fast = False  # nothing special: the data plane may take its short path
+        self.refresh()
+
+    # ------------------------------------------------------------------------------ derived facts
+
+    def refresh(self) -> None:
+        """Recompute what follows from the state. Source: the mirroring rules of drbd_req.c."""
+        s = self.state
+        self.local = s.disk >= DiskState.INCONSISTENT
+        self.mirror = s.connected and (
+            s.pdsk == DiskState.UP_TO_DATE
+            or (s.pdsk >= DiskState.INCONSISTENT and ConnState.WF_BITMAP_T <= s.conn < ConnState.AHEAD)
+        )
+        self.tell_out_of_sync = s.conn in (ConnState.AHEAD, ConnState.WF_BITMAP_S)
+        self.fast = (
+            self.mirror and s.conn == ConnState.CONNECTED and s.disk == DiskState.UP_TO_DATE
+            and s.role == Role.PRIMARY and not s.suspended and not self.al_suspended and not self.io_holds
+            and not self.net.data_integrity_alg and self.net.protocol == "C"
+        )  # fmt: skip
+
+    @property
+    def syncing(self) -> bool:
+        """In SyncSource … PausedSyncT: writes may clear bits on both sides."""
+        return ConnState.SYNC_SOURCE <= self.state.conn <= ConnState.PAUSED_SYNC_T
+
+    @property
+    def attached(self) -> bool:
+        return self.state.disk >= DiskState.NEGOTIATING
+
+    @property
+    def n_bits(self) -> int:
+        return self.bitmap.n_bits
+
+    def readable_locally(self, offset: int, length: int) -> bool:
+        """May a read be served here: UpToDate, or Inconsistent but in sync in this range."""
+        disk = self.state.disk
+        if disk == DiskState.UP_TO_DATE:
+            return True
+        if disk != DiskState.INCONSISTENT or self.bitmap.n_bits == 0:
+            return False
+        first, end = offset >> 12, ((offset + length - 1) >> 12) + 1
+        return self.state.conn >= ConnState.CONNECTED and not self.bitmap.any(first, end)
+
+    # ------------------------------------------------------------------------------ metadata
+
+    def flags(self) -> MdFlag:
+        """The flags word as the superblock must show it now."""
+        if self.state.disk < DiskState.INCONSISTENT:  # attach is not decided: leave what was found
+            flags = MdFlag(self.last_flags) & ~MdFlag.AL_CLEAN
+        else:
+            flags = MdFlag(md_flags(self.state, self.crashed_primary, self.last_flags))
+        flags &= ~(MdFlag.FULL_SYNC | MdFlag.AL_DISABLED)
+        if self.full_sync_flag:
+            flags |= MdFlag.FULL_SYNC
+        if not self.config.disk_options.al_updates:
+            flags |= MdFlag.AL_DISABLED
+        return flags
+
+    def superblock(self, magic: int = MAGIC_UNCLEAN, extra_flags: int = 0) -> Superblock:
+        """The superblock that belongs to the present moment."""
+        layout = self.layout
+        assert layout is not None
+        return Superblock(
+            la_size_sect=self.la_size // SECTOR,
+            current=self.uuids.current,
+            bitmap=self.uuids.bitmap,
+            history0=self.uuids.history0,
+            history1=self.uuids.history1,
+            device_uuid=self.device_uuid,
+            flags=self.flags() | MdFlag(extra_flags),
+            magic=magic,
+            md_size_sect=layout.md_size_sect,
+            al_offset=layout.al_offset,
+            al_nr_extents=self.al_nr_extents,
+            bm_offset=layout.bm_offset,
+            bm_bytes_per_bit=4096,
+            la_peer_max_bio_size=self.la_peer_max_bio_size,
+            al_stripes=layout.al_stripes,
+            al_stripe_size_4k=layout.al_stripe_size_4k,
+        )
+
+    # ------------------------------------------------------------------------------ out of sync
+
+    def set_out_of_sync(self, offset: int, length: int) -> int:
+        """Mark every block the range touches; returns how many bits were newly set."""
+        if not self.bitmap.n_bits or not length:
+            return 0
+        return self.bitmap.set(offset >> 12, min(((offset + length - 1) >> 12) + 1, self.bitmap.n_bits))
+
+    def set_in_sync(self, offset: int, length: int) -> int:
+        """Clear the bits of blocks wholly inside the range; returns how many were newly cleared.
+
+        The end of the device counts as aligned.
+        """
+        n_bits = self.bitmap.n_bits
+        if not n_bits:
+            return 0
+        end = n_bits if offset + length >= self.size else (offset + length) >> 12
+        first = (offset + 4095) >> 12
+        return self.bitmap.clear(first, end) if first < end else 0

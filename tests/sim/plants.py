@@ -1,0 +1,304 @@
+"""Bugs planted by hand, to show that the simulator finds them.
+
+Each plant changes one rule of the machine the way a programmer might get it wrong. It is put in place by a
+`MonkeyPatch` and gone afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from tandem.repl import activity_log, attach, peer, uuids
+from tandem.repl.activity_log import Replay
+from tandem.repl.bitmap import Bitmap
+from tandem.repl.bitmap_exchange import BitmapReceiver
+from tandem.repl.engine import Engine
+from tandem.repl.intervals import Intervals, Lock
+from tandem.repl.meta_writer import MetaWriter
+from tandem.repl.mirror import LOCAL, LOCAL_OK, PEER, Mirror
+from tandem.repl.replica import Replica
+from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
+from tandem.repl.volume import Volume
+from tandem.repl.wire import Packet
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """*says*: the bug in words. *put* plants it. *rules*: which checkers may be the ones that notice."""
+
+    name: str
+    says: str
+    put: Callable[[Patch], None]
+
+
+def _log_not_flushed(mp: Patch) -> None:
+    original = MetaWriter._op
+
+    def op(self: Any, op: int, offset: int, payload: Any, flags: int, *rest: Any, **more: Any) -> None:
+        original(self, op, offset, payload, flags & ~(PREFLUSH | FUA), *rest, **more)
+
+    mp.setattr(MetaWriter, "_op", op)
+
+
+def _peer_not_flushed(mp: Patch) -> None:
+    """The peer's flush request is answered without flushing."""
+    original = Replica.write
+
+    def write(self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any) -> None:
+        if cmd == Packet.DATA and not length:
+            self.epoch.size += 1
+            self.e.send_ack(Packet.WRITE_ACK, vol, sector, block_id, 0)
+            return
+        original(self, vol, cmd, sector, block_id, dp, length, payload)
+
+    mp.setattr(Replica, "write", write)
+
+
+def _flush_only_here(mp: Patch) -> None:
+    """A flush is not passed on to the peer."""
+
+    def send(self: Any, vol: Any) -> None:
+        vol.flush_legs &= ~PEER
+
+    mp.setattr(Mirror, "_send_flush", send)
+
+
+def _ack_before_disk(mp: Patch) -> None:
+    """The secondary acknowledges a write when it arrives, not when it is on its disk."""
+    original_run, original_ack = Replica.receive_run, Replica._ack_run
+
+    def run(self: Any, vol: Any, view: memoryview, at: int) -> int:
+        known = len(self.e.out.disk)
+        end = original_run(self, vol, view, at)
+        for w in self.e.out.disk[known:]:
+            self.e.send_ack(Packet.WRITE_ACK, vol, w.sector, w.block_id, w.length)
+        return end
+
+    def ack(self: Any, plain: list[Any]) -> None:
+        meta = self.e.out.meta
+        n = len(meta)
+        original_ack(self, plain)
+        del meta[n:]
+
+    mp.setattr(Replica, "receive_run", run)
+    mp.setattr(Replica, "_ack_run", ack)
+
+
+def _answer_without_peer(mp: Patch) -> None:
+    """A write is answered when the local disk has it."""
+    original = Mirror.local_done
+
+    def done(self: Any, ops: list[Request]) -> None:
+        for r in ops:
+            if r.waiting & PEER and r.op != Op.READ:
+                r.waiting &= ~PEER
+                self.e.volumes[r.volume].n_pending -= 1
+        original(self, ops)
+
+    mp.setattr(Mirror, "local_done", done)
+
+
+def _bits_cleared_on_reply(mp: Patch) -> None:
+    """The source clears its bits when it sends a block, not when the target has it."""
+    from tandem.repl import resync
+
+    name = "_reply"
+    owner = next(c for c in vars(resync).values() if isinstance(c, type) and name in vars(c))
+    original = getattr(owner, name)
+
+    def reply(self: Any, vol: Any, sector: int, block_id: int, op: DiskOp, digest: Any) -> None:
+        vol.set_in_sync(op.offset, op.length)
+        original(self, vol, sector, block_id, op, digest)
+
+    mp.setattr(owner, name, reply)
+
+
+def _stale_resync_block(mp: Patch) -> None:
+    """The source reads a block without locking it against application writes."""
+    original = Intervals.blocker
+    original_add, original_remove = Intervals.add, Intervals.remove
+
+    def add(self: Any, entry: Any) -> None:
+        if not isinstance(entry, Lock):
+            original_add(self, entry)
+
+    def remove(self: Any, entry: Any) -> Any:
+        return [] if isinstance(entry, Lock) else original_remove(self, entry)
+
+    mp.setattr(Intervals, "blocker", lambda self, offset, length: original(self, offset, length))
+    mp.setattr(Intervals, "add", add)
+    mp.setattr(Intervals, "remove", remove)
+
+
+def _overlaps_not_serialised(mp: Patch) -> None:
+    mp.setattr(Intervals, "blocker", lambda self, offset, length: None)
+    mp.setattr(Intervals, "add", lambda self, entry: self.busy.setdefault(-id(entry), entry))
+    mp.setattr(Intervals, "remove", lambda self, entry: (self.busy.pop(-id(entry), None) and []) or [])
+
+
+def _lost_barrier(mp: Patch) -> None:
+    """A barrier is acknowledged at once, without waiting for its writes or flushing."""
+
+    def barrier(self: Any, number: int) -> None:
+        epoch, self.epoch = self.epoch, type(self.epoch)()
+        if epoch.size:
+            epoch.barrier = number
+            self._ack_epoch(epoch)
+
+    mp.setattr(Replica, "barrier", barrier)
+
+
+def _bits_not_set_on_loss(mp: Patch) -> None:
+    """What the peer may have lost with the connection is not marked."""
+    original = Mirror.connection_lost
+
+    def lost(self: Any) -> None:
+        marks: list[Any] = []
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Volume, "set_out_of_sync", lambda *a: marks.append(a) or 0)
+            original(self)
+
+    mp.setattr(Mirror, "connection_lost", lost)
+
+
+def _no_new_generation(mp: Patch) -> None:
+    mp.setattr(uuids.UuidSet, "new_current", lambda self, random64, primary: self)
+
+
+def _write_before_log(mp: Patch) -> None:
+    """A write to a cold extent does not wait for the transaction."""
+    original = Mirror._take_extents
+
+    def take(self: Any, vol: Any, r: Any) -> bool:
+        if original(self, vol, r):
+            return True
+        self.kick_activity_log(vol)
+        return True
+
+    mp.setattr(Mirror, "_take_extents", take)
+
+
+def _page_not_written_on_eviction(mp: Patch) -> None:
+    mp.setattr(Bitmap, "is_dirty", lambda self, page: False)
+
+
+def _log_not_applied(mp: Patch) -> None:
+    original = activity_log.replay
+
+    def replay(blocks: Any, stripes: int = 1) -> Replay:
+        return replace(original(blocks, stripes), hot=frozenset())
+
+    mp.setattr(activity_log, "replay", replay)
+    mp.setattr(attach.activity_log, "replay", replay)
+
+
+def _bitmaps_not_merged(mp: Patch) -> None:
+    """The peer's bitmap is received and thrown away."""
+    mp.setattr(Bitmap, "merge", lambda self, word_offset, words: 0)
+    mp.setattr(BitmapReceiver, "_set_runs", lambda self, *a: None, raising=False)
+
+
+def _wrong_uuid_rule(mp: Patch) -> None:
+    """Own current = the peer's bitmap UUID is taken for being newer instead of older."""
+    original = uuids.compare
+
+    def compare(own: Any, theirs: Any, facts: Any) -> Any:
+        verdict = original(own, theirs, facts)
+        return replace(verdict, value=-verdict.value) if verdict.rule in (50, 70) else verdict
+
+    from tandem.repl import decision
+
+    mp.setattr(decision, "compare", compare)
+
+
+def _crashed_primary_forgotten(mp: Patch) -> None:
+    """Rule 40 without the crash flags: two equal generations never resync."""
+    from tandem.repl import decision
+
+    original = uuids.compare
+
+    def compare(own: Any, theirs: Any, facts: Any) -> Any:
+        return original(own, theirs, replace(facts, own_crashed=False, peer_crashed=False))
+
+    mp.setattr(decision, "compare", compare)
+
+
+def _primary_mark_missing(mp: Patch) -> None:
+    original = Volume.flags
+    mp.setattr(Volume, "flags", lambda self: original(self) & ~2)
+
+
+def _stonith_does_not_freeze(mp: Patch) -> None:
+    from tandem.repl.states import State
+
+    mp.setattr(State, "suspended", property(lambda self: self.susp or self.susp_nod))
+
+
+def _ack_of_failed_write(mp: Patch) -> None:
+    """The secondary acknowledges a write that its disk failed."""
+    original = Replica.local_done
+
+    def done(self: Any, ops: list[Any]) -> None:
+        for w in ops:
+            w.error = 0
+        original(self, ops)
+
+    mp.setattr(Replica, "local_done", done)
+
+
+def _local_error_ignored(mp: Patch) -> None:
+    original = Mirror.local_done
+
+    def done(self: Any, ops: list[Any]) -> None:
+        for r in ops:
+            r.error = 0
+        original(self, ops)
+
+    mp.setattr(Mirror, "local_done", done)
+
+
+def _fua_not_passed_on(mp: Patch) -> None:
+    """The peer writes a FUA write like any other."""
+    original = Engine.take
+
+    def take(self: Any) -> Any:
+        out = original(self)
+        for op in out.disk:
+            if type(op).__name__ == "PeerWrite":
+                op.flags &= ~FUA
+        return out
+
+    mp.setattr(Engine, "take", take)
+
+
+PLANTS = (
+    Plant("log not flushed", "metadata is written without preflush and FUA", _log_not_flushed),
+    Plant("missing flush on the peer", "the peer answers a flush without flushing", _peer_not_flushed),
+    Plant("flush only here", "a flush is answered when the local disk is flushed", _flush_only_here),
+    Plant("ack too early", "the secondary acks a write before it is on disk", _ack_before_disk),
+    Plant("answer without the peer", "the primary answers before the peer's ack", _answer_without_peer),
+    Plant("bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply),
+    Plant("stale resync block", "resync does not lock out application writes", _stale_resync_block),
+    Plant("overlaps not serialised", "overlapping writes are in flight together", _overlaps_not_serialised),
+    Plant("lost barrier", "a barrier is acked before its writes are done and flushed", _lost_barrier),
+    Plant("no marks on a lost link", "unacknowledged writes are not marked", _bits_not_set_on_loss),
+    Plant("no new generation", "a primary that lost its peer keeps its UUID", _no_new_generation),
+    Plant("write before log", "a write does not wait for the activity log", _write_before_log),
+    Plant("eviction without page", "an extent leaves the log, its bits are not on disk", _page_not_written_on_eviction),
+    Plant("log not applied", "attach ignores the activity log", _log_not_applied),
+    Plant("bitmaps not merged", "the peer's bitmap is ignored", _bitmaps_not_merged),
+    Plant("wrong UUID rule", "rules 50 and 70 have their signs swapped", _wrong_uuid_rule),
+    Plant("crash flag ignored", "rule 40 forgets who crashed", _crashed_primary_forgotten),
+    Plant("no primary mark", "PRIMARY_IND never reaches the disk", _primary_mark_missing),
+    Plant("stonith does not freeze", "I/O goes on while fencing", _stonith_does_not_freeze),
+    Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write),
+    Plant("local error ignored", "the primary ignores its disk's error", _local_error_ignored),
+    Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on),
+)
+
+__all__ = ["LOCAL", "LOCAL_OK", "PLANTS", "Plant", "peer"]

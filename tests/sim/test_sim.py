@@ -1,0 +1,33 @@
+"""Two thousand random runs, the exhaustive short scenarios, and every seed that once failed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.run import run_seed
+from tests.sim.scenarios import SCENARIOS, Scenario, explore_scenario
+
+N_RANDOM = 2000
+FIRST_SEED = 1
+SLICES = 20
+
+# Seeds that once found a bug. The draw of a mix may change what a seed does; they are kept all the same.
+FAILED_ONCE: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize("part", range(SLICES))
+def test_random_runs(part: int) -> None:
+    n = N_RANDOM // SLICES
+    for seed in range(FIRST_SEED + part * n, FIRST_SEED + (part + 1) * n):
+        run_seed(seed)
+
+
+@pytest.mark.parametrize("seed", FAILED_ONCE)
+def test_seeds_that_once_failed(seed: int) -> None:
+    run_seed(seed)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+def test_scenarios_exhaustively(scenario: Scenario) -> None:
+    n_runs = explore_scenario(scenario)
+    assert n_runs > 10, "a scenario with so few sequences explores nothing"

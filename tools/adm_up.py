@@ -1,0 +1,197 @@
+"""Commands of several steps: `up`, `adjust`, and the steps they are made of.
+
+A resource comes up in drbdadm's order: its daemon starts (new-resource, new-minor), each volume's disk
+is attached, the connection is made. Every step may be repeated without harm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tandem.repl.config import ResourceConfig
+from tandem.repl.events import ResourceStatus
+
+from .adm_session import DaemonError, NotRunning, Session, Target, complain, say, waiting
+from .adm_verbs import Option, verb
+from .client import Client, start_daemon
+
+DISCARD = Option("--discard-my-data", "Give up local changes if that ends a split brain.")
+TENTATIVE = Option("--tentative", "Only look what a handshake would decide.")
+
+
+def open_daemon(session: Session, resource: str) -> Client:
+    """A connection to the daemon of *resource*, which is started when it does not run."""
+    try:
+        return session.client(resource)
+    except NotRunning:
+        config = session.config(resource)
+    with waiting(f"{resource}: starting the daemon") as tick:
+        start_daemon(session.paths, config, tick)
+    return session.client(resource)
+
+
+def _dry_up(session: Session, target: Target, **_: Any) -> list[str]:
+    from .conf import up_commands
+
+    return list(up_commands(session.configuration, session.general.node, target.resource))
+
+
+def _dry_step(*steps: str) -> Any:
+    def lines(session: Session, target: Target, **_: Any) -> list[str]:
+        minors = {str(volume.minor) for volume in session.volumes(target)}
+        return [line for line in _dry_up(session, target) if _is_step(line, steps, minors)]
+
+    return lines
+
+
+def _is_step(line: str, steps: tuple[str, ...], minors: set[str]) -> bool:
+    words = line.split()
+    if words[0] == "drbdmeta":
+        return words[-1] in steps and words[1] in minors
+    per_volume = {"attach": 2, "new-minor": 3}.get(words[1])
+    return words[1] in steps and (per_volume is None or words[per_volume] in minors)
+
+
+# -------------------------------------------------------------------------------------------- steps
+
+
+@verb("up", "Start the daemon, attach the disks and connect.", dry=_dry_up)
+def up(session: Session, target: Target) -> int:
+    session.check_address(session.config(target.resource))
+    with session.locked(target.resource), open_daemon(session, target.resource) as client:
+        status = client.status()
+        attached = [volume for volume in status.volumes if volume.disk != "Diskless"]
+        if attached:
+            for volume in attached:
+                complain(f"Device '{volume.minor}' is configured!")
+            complain(f"{target} is up already. To apply a changed configuration: tandemadm adjust {target}")
+            return 1
+        code = attach_all(session, client, target)
+        if code:
+            return 1
+        return 1 if make_connection(session, client, target, {}) else 0
+
+
+def attach_all(session: Session, client: Client, target: Target) -> int:
+    """Attach every configured disk that *target* means; stops at the first refusal."""
+    for volume in session.volumes(target):
+        if volume.disk:
+            one = Target(target.resource, volume.number)
+            code = session.run(client, one, "attach", obj=str(volume.minor))
+            if code:
+                return code
+    return 0
+
+
+def make_connection(session: Session, client: Client, target: Target, args: dict[str, Any]) -> int:
+    """Ask for the connection. That it is being made is enough; the peer may come hours later."""
+    return session.run(client, Target(target.resource), "connect", args)
+
+
+@verb("attach", "Take the local disk into use.", scope="volume", dry=_dry_step("apply-al", "attach"))
+def attach(session: Session, target: Target) -> int:
+    with session.locked(target.resource), open_daemon(session, target.resource) as client:
+        attached = {v.number for v in client.status().volumes if v.disk != "Diskless"}
+        for volume in session.volumes(target):
+            if volume.number in attached:
+                complain(f"Device '{volume.minor}' is configured!")
+                return 20
+        return attach_all(session, client, target)
+
+
+def _dry_connect(session: Session, target: Target, discard_my_data: bool, tentative: bool) -> list[str]:
+    words = (" --discard-my-data" if discard_my_data else "") + (" --tentative" if tentative else "")
+    return [line + words for line in _dry_step("connect")(session, target)]
+
+
+@verb("connect", "Connect to the peer.", DISCARD, TENTATIVE, dry=_dry_connect)
+def connect(session: Session, target: Target, discard_my_data: bool, tentative: bool) -> int:
+    args = {"discard_my_data": discard_my_data, "tentative": tentative}
+    session.check_address(session.config(target.resource))
+    with session.locked(target.resource), open_daemon(session, target.resource) as client:
+        return make_connection(session, client, target, args)
+
+
+@verb("new-resource", "Start the daemon only.", hidden=True, dry=_dry_step("new-resource"))
+def new_resource(session: Session, target: Target) -> int:
+    with session.locked(target.resource):
+        open_daemon(session, target.resource).close()
+    return 0
+
+
+@verb("new-minor", "Start the daemon only.", scope="volume", hidden=True, dry=_dry_step("new-minor"))
+def new_minor(session: Session, target: Target) -> int:
+    session.volumes(target)
+    return new_resource(session, Target(target.resource))
+
+
+# ------------------------------------------------------------------------------------------- adjust
+
+
+def _dry_adjust(session: Session, target: Target, skip_disk: bool, skip_net: bool) -> list[str]:
+    status = session.status_or_none(target.resource)
+    if status is None:
+        return _dry_up(session, target)
+    lines = []
+    missing = _missing(session.config(target.resource), status)
+    if not skip_disk:
+        for number in missing:
+            lines += _dry_step("apply-al", "attach")(session, Target(target.resource, number))
+    if not skip_net and status.connection.cstate == "StandAlone":
+        lines += _dry_step("connect")(session, target)
+    return lines
+
+
+def _missing(config: ResourceConfig, status: ResourceStatus) -> list[int]:
+    """Numbers of the volumes that have a disk in the configuration and none in the daemon."""
+    attached = {volume.number for volume in status.volumes if volume.disk != "Diskless"}
+    return [volume.number for volume in config.volumes if volume.disk and volume.number not in attached]
+
+
+@verb(
+    "adjust", "Make the running resource what the configuration says.",
+    Option("--skip-disk", "Leave the disks as they are."),
+    Option("--skip-net", "Leave the connection as it is."),
+    dry=_dry_adjust,
+)  # fmt: skip
+def adjust(session: Session, target: Target, skip_disk: bool, skip_net: bool) -> int:
+    config = session.config(target.resource)
+    session.check_address(config)
+    with session.locked(target.resource), open_daemon(session, target.resource) as client:
+        code = _reconfigure(session, client, target, config)
+        if code:
+            return code
+        status = client.status()
+        if not skip_disk:
+            for number in _missing(config, status):
+                code = attach_all(session, client, Target(target.resource, number))
+                if code:
+                    return code
+        if not skip_net and status.connection.cstate == "StandAlone":
+            return make_connection(session, client, target, {})
+    return 0
+
+
+def _reconfigure(session: Session, client: Client, target: Target, config: ResourceConfig) -> int:
+    with waiting(f"{target}: adjust") as tick:
+        refusal = client.reconfigure(config, tick)
+    return 0 if refusal is None else session.refused(refusal, target)
+
+
+@verb("adjust-with-progress", "As adjust, and say what is being done.", hidden=True)
+def adjust_with_progress(session: Session, target: Target) -> int:
+    say(f"adjust {target}")
+    return adjust(session, target, skip_disk=False, skip_net=False)
+
+
+def _apply_options(session: Session, target: Target) -> int:
+    """Options of the file for a running resource; the whole file is applied, as one value."""
+    with session.locked(target.resource), session.client(target.resource) as client:
+        return _reconfigure(session, client, target, session.config(target.resource))
+
+
+for _name in ("disk-options", "net-options", "resource-options", "peer-device-options"):
+    verb(_name, "Apply changed options of the file.", scope="volume", hidden=True)(_apply_options)
+
+
+__all__ = ["DaemonError", "adjust", "attach_all", "open_daemon", "up"]

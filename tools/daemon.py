@@ -1,0 +1,436 @@
+"""`tandemd`: one resource, one process, one loop.
+
+Puts the parts together: the runtime with the machine inside, the NBD server in front of it, the control
+socket beside it. Decides when the process starts and ends, and what is written to the log. Only this
+module knows about signals and the pid file, whose lock says that the daemon lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import click
+import uvloop
+from tandem.repl.config import ResourceConfig
+from tandem.repl.edge.runtime import Runtime
+from tandem.repl.errors import Refusal
+from tandem.repl.events import Notify, ResourceStatus, StateChanged
+
+from .adm_hints import hint
+from .conf import check
+from .control import ControlServer, Done, refusal_answer
+from .exports import DeviceError, Exports
+from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
+from .values import Json, unpack
+
+LOCK_S: Final = 1.0  # a tandemadm that looks whether the daemon has ended holds the pid file for a moment
+DRAIN_S: Final = 5.0  # NBD requests that were read get this long to be answered when the daemon ends
+DOWN_S: Final = 10.0  # the peer's answers and the last metadata writes get this long on a signal
+EXIT_INTERNAL: Final = 42  # drbdsetup's code for our own mistakes
+EXIT_FAILED: Final = 20  # and for what could not be executed
+
+GC_THRESHOLD: Final = (50_000, 50, 1000)
+# A full collection walks everything the machine holds and stops the loop that long. The data plane
+# makes no cycles, so collections may be rare.
+
+COMMANDS: Final = frozenset(
+    (
+        "attach", "detach", "connect", "disconnect", "primary", "secondary", "invalidate",
+        "invalidate-remote", "outdate", "pause-sync", "resume-sync", "suspend-io", "resume-io",
+        "new-current-uuid", "resize", "verify", "down",
+    )
+)  # fmt: skip
+
+
+INVALID: Final = "Invalid configuration request"  # drbdsetup's sentence for 162
+LISTEN_S: Final = 0.05  # binding a socket takes microseconds; the loop may be busy with other things first
+GOING_ALONE: Final = "going StandAlone: "  # how the machine begins to say why it gave up the connection
+LINKED: Final = "the peer was there"
+FRESH_S: Final = 0.03  # how long the control thread waits for the loop to count; then it says what it knows
+
+
+class StartError(Exception):
+    """The daemon cannot run; one sentence for the operator, and the exit code."""
+
+    def __init__(self, text: str, code: int = EXIT_FAILED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line of `tandemd`."""
+
+    resource: str
+    config_file: str
+    paths: NodePaths
+    background: bool  # started by tandemadm, which sends the configuration and all commands
+    ready_fd: int
+
+
+# --------------------------------------------------------------------------------------------- log
+
+
+def log(subject: str, text: str, level: str = "info") -> None:
+    """One line to stderr, which is the log file of a daemon in the background."""
+    mark = "" if level == "info" else f"{level}: "
+    stamp = datetime.now().astimezone().isoformat(timespec="microseconds")
+    with contextlib.suppress(OSError):  # a full disk or a closed terminal must not end replication
+        sys.stderr.write(f"{stamp} {subject}: {mark}{text}\n")
+        sys.stderr.flush()
+
+
+def log_notify(notify: Notify) -> None:
+    """A notification of the machine in DRBD's phrase, with the cause behind it."""
+    log(notify.subject, f"{notify.text} ({notify.why})" if notify.why else notify.text, notify.level)
+
+
+def log_refusal(config: ResourceConfig, refusal: Refusal, volume: int | None) -> None:
+    subject = config.name if volume is None else f"{config.name}/{volume}"
+    advice = hint(refusal, config.name, volume)
+    log(subject, f"({refusal.code}) {refusal.text} {advice}".rstrip(), "error")
+
+
+# ---------------------------------------------------------------------------------------- pid file
+
+
+def hold_pid_file(paths: NodePaths, resource: str) -> int:
+    """Lock the pid file for the life of this process and write our pid; its descriptor.
+
+    The lock, not the number in the file, says whether a daemon runs: it ends with the process, however
+    that ends.
+    """
+    path = paths.pid(resource)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StartError(f"cannot open {path}: {error.strerror}") from error
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                pid = os.read(fd, 32).decode(errors="replace").strip()
+                raise StartError(
+                    f"the daemon of this resource is running already (pid {pid or 'unknown'})"
+                ) from None
+            time.sleep(0.02)
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+# ------------------------------------------------------------------------------------------ daemon
+
+
+class Daemon:
+    """The life of one resource's process. `run` is the loop's main coroutine."""
+
+    def __init__(self, options: Options, config: ResourceConfig) -> None:
+        self.options = options
+        self.config = config
+        self.runtime = Runtime(config)
+        self.exports = Exports(
+            options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text)
+        )
+        self.control = ControlServer(options.paths.control(config.name), self)
+        self.loop = asyncio.get_running_loop()
+        self.ended = asyncio.Event()
+        self.code = 0
+        self._signalled = False
+        self._why_alone = ""  # why the connection was given up last
+
+    # --------------------------------------------- what the control thread asks (control.Backend)
+
+    def hello(self) -> Json:
+        return {
+            "pid": os.getpid(), "resource": self.config.name, "node": self.config.node,
+            "file": self.config.file,
+        }  # fmt: skip
+
+    def status(self) -> ResourceStatus:
+        """The status with its counters as they are now, or, when the loop is busy, as they were last."""
+        counted = threading.Event()
+
+        def count() -> None:
+            self.runtime.status()
+            counted.set()
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(count)
+            counted.wait(FRESH_S)
+        return self.runtime.status()
+
+    def post(self, request: Json, done: Done) -> None:
+        """Check a request in the control thread, carry it out in the loop's."""
+        if request["do"] == "reconfigure":
+            work = self.reconfigure(unpack(ResourceConfig, request.get("config")))
+        else:
+            work = self.command(*_command(request))
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        future.add_done_callback(lambda ended: done(_answer(ended)))
+
+    async def command(self, name: str, volume: int | None, args: Json) -> Refusal | None:
+        log(self.config.name, f"command: {name}{'' if volume is None else f' volume {volume}'} {args or ''}")
+        refusal = check(self.config) if name == "connect" else None
+        refusal = refusal or await self.runtime.command(name, volume, **args)
+        if name == "connect" and refusal is None:
+            refusal = await self._listening()
+        if refusal is not None:
+            log_refusal(self.config, refusal, volume)
+        elif name == "down":
+            self.ended.set()
+        return refusal
+
+    async def _listening(self) -> Refusal | None:
+        """Whether the attempt to connect could begin at all.
+
+        The machine's answer to `connect` does not wait for the sockets; an address that cannot be
+        listened on shows in the next turns of the loop, and the operator is to hear of it now.
+        """
+        self._why_alone = ""
+        await asyncio.sleep(LISTEN_S)
+        alone = self.runtime.status().connection.cstate == "StandAlone"
+        if alone and self._why_alone not in ("", LINKED):
+            return Refusal(102, "Local address(port) already in use.", self._why_alone)
+        return None
+
+    async def reconfigure(self, config: ResourceConfig) -> Refusal | None:
+        if config.name != self.config.name or config.node != self.config.node:
+            return Refusal(162, INVALID, "This daemon serves another resource or node.")
+        refusal = check(config) or await self.runtime.reconfigure(config)
+        if refusal is not None:
+            log_refusal(self.config, refusal, None)
+            return refusal
+        self.config = config
+        try:
+            await self.exports.apply(config)
+        except DeviceError as error:
+            return Refusal(162, INVALID, str(error))
+        return None
+
+    # ------------------------------------------------------------------------------ start and end
+
+    async def run(self) -> int:
+        """Serve until `down` or a signal; the exit code. StartError when that cannot begin."""
+        self.loop.set_exception_handler(self._failed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._signal, number)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.runtime.subscribe(self._notified)
+        try:
+            await self._start()
+            if not self.options.background:
+                await self._bring_up()
+            self._ready()
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLD)
+            await self.ended.wait()
+        finally:
+            await self._stop()
+        return self.code
+
+    async def _start(self) -> None:
+        await self.runtime.start()
+        try:
+            await self.exports.apply(self.config)
+            self.control.start()
+        except (DeviceError, PathError) as error:
+            raise StartError(str(error)) from error
+        except OSError as error:
+            path = self.options.paths.control(self.config.name)
+            raise StartError(f"cannot listen on {path}: {error.strerror}") from error
+        log(self.config.name, f"daemon started, pid {os.getpid()}")
+
+    async def _bring_up(self) -> None:
+        """What `tandemadm up` does with a daemon it has started; StartError with the first refusal."""
+        steps = [("attach", volume.number) for volume in self.config.volumes if volume.disk]
+        for name, volume in [*steps, ("connect", None)]:
+            refusal = await self.command(name, volume, {})
+            if refusal is not None:
+                advice = hint(refusal, self.config.name, volume)
+                text = f"{name}: ({refusal.code}) {refusal.text} {advice}".rstrip()
+                raise StartError(text, refusal.exit_code)
+
+    async def _stop(self) -> None:
+        log(self.config.name, "daemon ends")
+        await self.exports.stop(DRAIN_S)
+        if self._signalled:
+            try:
+                async with asyncio.timeout(DOWN_S):
+                    refusal = await self.runtime.command("down")
+                if refusal is not None:
+                    log_refusal(self.config, refusal, None)
+            except TimeoutError:
+                log(self.config.name, f"not down after {DOWN_S:.0f} seconds, ending all the same", "warning")
+        await self.runtime.stop()
+        await asyncio.to_thread(self.control.stop)
+
+    def _ready(self) -> None:
+        """Tell whoever started us: tandemadm through its pipe, systemd through its socket."""
+        tell_starter(self.options.ready_fd, {"ready": True})
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        if address:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+                sock.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+
+    def _signal(self, number: int) -> None:
+        if self._signalled:
+            log(self.config.name, "second signal, ending at once", "warning")
+            os._exit(128 + number)
+        log(self.config.name, f"signal {signal.Signals(number).name}")
+        self._signalled = True
+        self.ended.set()
+
+    def _notified(self, batch: list[Notify | StateChanged]) -> None:
+        changed = False
+        for item in batch:
+            if isinstance(item, Notify):
+                log_notify(item)
+                if item.text.startswith(GOING_ALONE) and self._why_alone != LINKED:
+                    self._why_alone = item.text.removeprefix(GOING_ALONE)
+            else:
+                changed = True
+        if changed:
+            status = self.runtime.status()
+            if status.connection.connection == "Connected":
+                self._why_alone = LINKED
+            self.control.publish(status)
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        """An exception nobody caught. Our own mistakes end the process: it must answer nothing more."""
+        error = context.get("exception")
+        log(self.config.name, str(context.get("message")), "error")
+        if isinstance(error, BaseException):
+            traceback.print_exception(error)
+        if isinstance(error, AssertionError):
+            os._exit(EXIT_INTERNAL)
+
+
+def _command(request: Json) -> tuple[str, int | None, Json]:
+    """The parts of a command; ValueError when it is malformed."""
+    name, volume, args = request.get("name"), request.get("volume"), request.get("args", {})
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {str(name)[:40]!r}")
+    if volume is not None and (not isinstance(volume, int) or isinstance(volume, bool)):
+        raise ValueError("volume must be a number or null")
+    if not isinstance(args, dict) or not all(isinstance(v, bool | int | str) for v in args.values()):
+        raise ValueError("args must be an object of flags, numbers and strings")
+    if not all(key.isidentifier() and key not in ("self", "name", "volume") for key in args):
+        raise ValueError("args has a key that is not an option")
+    return str(name), volume, args
+
+
+def _answer(ended: concurrent.futures.Future[Refusal | None]) -> Json:
+    if ended.cancelled():
+        return {"error": "the daemon is ending"}
+    error = ended.exception()
+    if error is None:
+        return refusal_answer(ended.result())
+    log("control", "".join(traceback.format_exception(error)), "error")
+    return {"error": f"internal error ({type(error).__name__}), see the log of the daemon"}
+
+
+def tell_starter(fd: int, message: Json) -> None:
+    """One line into the pipe of the tandemadm that waits for us, if one does."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.write(fd, json.dumps(message).encode() + b"\n")
+            os.close(fd)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def _config(options: Options) -> ResourceConfig:
+    if options.background:
+        return unpack(ResourceConfig, json.load(sys.stdin))
+    from .conf import ConfigError, load  # The grammar library is slow to import.
+
+    try:
+        found = load(options.config_file).for_node(options.paths.node).get(options.resource)
+    except ConfigError as error:
+        raise StartError(str(error), 10) from error
+    if found is None:
+        raise StartError(f"'{options.resource}' not defined in your config (for this host).", 1)
+    return found
+
+
+def serve(options: Options) -> int:
+    """Run the daemon of one resource in this process; the exit code."""
+    try:
+        config = _config(options)
+        options.paths.make()
+        pid_file = hold_pid_file(options.paths, config.name)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_main(options, config))
+        finally:
+            os.ftruncate(pid_file, 0)
+            os.close(pid_file)
+    except (StartError, PathError) as error:
+        code = error.code if isinstance(error, StartError) else EXIT_FAILED
+        log(options.resource, str(error), "error")
+        tell_starter(options.ready_fd, {"error": str(error), "code": code})
+        return code
+
+
+async def _main(options: Options, config: ResourceConfig) -> int:
+    return await Daemon(options, config).run()
+
+
+def start_in_background(options: Options) -> int:
+    """``tandemd RES`` without --foreground: what ``tandemadm up RES`` does."""
+    from . import adm
+
+    paths = options.paths
+    where = ["-c", options.config_file, "--node", paths.node, "--run-dir", str(paths.run_dir)]
+    return adm.run(["up", *where, options.resource])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("resource")
+@click.option("-c", "--config-file", metavar="FILE", default=default_config, help="Configuration.")
+@click.option("--node", metavar="NAME", default=default_node, help="This node's name in the configuration.")
+@click.option("--run-dir", metavar="DIR", default=default_run_dir, help="Directory of sockets and pid files.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
+@click.option("--background", is_flag=True, hidden=True)
+@click.option("--ready-fd", type=int, default=-1, hidden=True)
+def command(
+    resource: str, config_file: str, node: str, run_dir: str, foreground: bool, background: bool,
+    ready_fd: int,
+) -> None:  # fmt: skip
+    """Replicate RESOURCE: attach its disks, connect to the peer, offer its volumes over NBD."""
+    paths = NodePaths(Path(run_dir).absolute(), node)
+    options = Options(resource, config_file, paths, background, ready_fd)
+    if foreground or background:
+        sys.exit(serve(options))
+    sys.exit(start_in_background(options))
+
+
+def main() -> None:
+    """Entry point of ``tandemd``."""
+    command.main(prog_name="tandemd")
+
+
+if __name__ == "__main__":
+    main()
