@@ -58,8 +58,8 @@ def _no_data(s: State) -> bool:
 
 def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
     """The role bit, the end of the log's suspension, and new generations."""
-    if old.role != new.role and vol.attached:
-        vol.uuids = vol.uuids.with_role(new.role == Role.PRIMARY)
+    if old.role == Role.PRIMARY != new.role and vol.attached:
+        vol.uuids = vol.uuids.with_role(False)  # a promotion sets the bit once its new generation is made
     if new.connected and vol.al_suspended:
         vol.al_suspended = False
         vol.refresh()
@@ -75,6 +75,8 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
                 e.start_new_generation(vol)
                 if new.connected and e.connected:
                     e.peer.send_uuids(vol)
+    if old.disk == old.pdsk == D.INCONSISTENT and old.peer != Role.PRIMARY == new.peer:
+        vol.consider_resync = True
     if new.disk == D.UP_TO_DATE:
         vol.exposed = vol.uuids.current & ~1
 
@@ -121,6 +123,7 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and (vol.target or vol.source):
         resync.aborted(vol)
     if new.conn < C.CONNECTED:
+        vol.consider_resync = False
         vol.pending_sync_uuid = None
     match new.conn:
         case C.WF_BITMAP_S:

@@ -292,6 +292,7 @@ class Commands:
         if vol.attached:
             if forced or (alone and not vol.uuids.bitmap):
                 self.e.new_current(vol)
+            vol.uuids = vol.uuids.with_role(True)
             vol.io_holds += 1
             vol.refresh()
             yield self._durable(vol)

@@ -134,9 +134,11 @@ class FencingRoom:
             )
 
     def peer_was_rebooted(self) -> None:
-        """The peer forgot what we sent: no replay, a new generation and an ordinary resync instead."""
+        """The peer forgot what we sent: no replay, a new generation and an ordinary resync instead.
+
+        The kernel lets I/O go on here. We stay frozen until the next connection stands, or the handler has
+        spoken: in between the peer calls itself UpToDate and lacks what we would answer.
+        """
         self.e.forget_peer_writes()
         self.e.make_pending_generations()
-        for vol in self.e.volumes.values():
-            self.e.change(vol, replace(vol.state, susp_fen=False, susp_nod=False), hard=True, why="peer rebooted")
         self.e.drop(ConnState.PROTOCOL_ERROR, "the peer was restarted while our I/O was frozen")

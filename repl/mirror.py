@@ -350,6 +350,9 @@ class Mirror:
         if vol.syncing:
             flags |= DP_MAY_SET_IN_SYNC | DP_SEND_WRITE_ACK
             waits = True
+        elif not vol.local:  # the peer's copy is the only one: A and B would answer for nobody's disk
+            flags |= DP_SEND_WRITE_ACK
+            waits = True
         elif protocol == "C":
             flags |= DP_SEND_WRITE_ACK
         elif protocol == "B":

@@ -233,6 +233,7 @@ class Peer:
                 s.conn == ConnState.CONNECTED and s.disk == DiskState.INCONSISTENT
                 and s.pdsk == DiskState.INCONSISTENT and s.peer != Role.PRIMARY and ps.role == Role.PRIMARY
             )
+            or vol.consider_resync
             or (
                 s.conn == ConnState.CONNECTED
                 and ConnState.STARTING_SYNC_S <= ps.conn <= ConnState.WF_BITMAP_T
@@ -265,9 +266,7 @@ class Peer:
         Returns the new connection state and the peer's disk state, or None when it ended the connection.
         """
         e = self.e
-        e.note(vol, "drbd_sync_handshake:")
-        e.note(vol, f"self {vol.uuids} bits:{vol.sent_bits} flags:{self._own_flags(vol)}")
-        e.note(vol, f"peer {vol.peer_uuids} bits:{vol.peer_bits} flags:{vol.peer_uuid_flags}")
+        vol.consider_resync = False
         decision = decide(self._facts(vol, ps, peer_disk, False))
         if decision.demote_self:
             demoted = e.change(vol, replace(vol.state, role=Role.SECONDARY))
@@ -288,9 +287,6 @@ class Peer:
         if decision.conn == ConnState.CONNECTED and vol.bitmap.weight and vol.state.disk > DiskState.INCONSISTENT:
             e.note(vol, f"No resync, but {vol.bitmap.weight} bits in bitmap!")
         return decision.conn, peer_disk
-
-    def _own_flags(self, vol: Volume) -> int:
-        return CRASHED_PRIMARY * vol.crashed_primary | DISCARD_MY_DATA * vol.discard_my_data
 
     def _abort(self, vol: Volume, ps: State, decision: Decision) -> tuple[ConnState, DiskState] | None:
         e = self.e

@@ -51,6 +51,7 @@ class Volume:
         self.al_suspended = False
         self.full_sync_flag = False
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
+        self.consider_resync = False  # both were Inconsistent and the peer was forced to be UpToDate
         self.pending_sync_uuid: int | None = None  # P_SYNC_UUID that came before we were ready for it
         self.al_nr_extents = 0
         self.al_stripes = 1

@@ -33,12 +33,15 @@ PATIENCE_S = 30  # a test that waits longer has failed
 class Serving:
     """``with Serving(tmp_path, volume) as serving:`` a server on ``serving.path``, in another thread."""
 
-    def __init__(self, tmp_path: Path, *volumes: RamVolume, **options: float) -> None:
+    def __init__(
+        self, tmp_path: Path, *volumes: RamVolume, sessions_max: int | None = None, negotiation_s: float = 30
+    ) -> None:
         self.volumes = volumes
         self.path = str(tmp_path / "nbd.sock")
         self.uri = f"nbd+unix:///?socket={self.path}"
         self.log: list[str] = []
-        self.options = options
+        self.sessions_max = sessions_max
+        self.negotiation_s = negotiation_s
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
@@ -62,10 +65,8 @@ class Serving:
 
     def _make(self) -> Server:
         exports = {volume.name: volume for volume in self.volumes}
-        options = dict(self.options)
-        sessions_max = options.pop("sessions_max", None)
         return Server(
-            exports, log=self.log.append, sessions_max=None if sessions_max is None else int(sessions_max), **options
+            exports, log=self.log.append, sessions_max=self.sessions_max, negotiation_s=self.negotiation_s
         )
 
     def wait(self, work: Coroutine[None, None, T]) -> T:

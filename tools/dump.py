@@ -123,9 +123,9 @@ class Dump:
     words: array[int] = field(default_factory=lambda: array("Q"))
 
     def bitmap(self, n_bits: int) -> tuple[Bitmap, bool]:
-        """The first *n_bits* as a bitmap, and whether the dump has words beyond them."""
+        """The first *n_bits* as a bitmap, and whether the dump has words beyond the pages they need."""
         bitmap = Bitmap(n_bits)
-        n_words = (n_bits + 63) // 64
+        n_words = bitmap.n_pages * PAGE // 8
         at = 0
         singles = array("Q")
         for count, word in zip(self.counts, self.words, strict=True):
@@ -145,7 +145,7 @@ class Dump:
     @staticmethod
     def _repeat(bitmap: Bitmap, at: int, n: int, word: int) -> None:
         if word == 0xFFFFFFFFFFFFFFFF:
-            bitmap.set(at * 64, min((at + n) * 64, bitmap.n_bits))
+            bitmap.set(min(at * 64, bitmap.n_bits), min((at + n) * 64, bitmap.n_bits))
         elif word:
             for first in range(at, at + n, _CHUNK_WORDS):
                 bitmap.merge(first, word.to_bytes(8, "little") * min(_CHUNK_WORDS, at + n - first))
@@ -207,7 +207,7 @@ class _Reader:
         elif self.kind == "word" and self.value not in _KEYWORDS:
             text = f"line {self.line}: unknown token: {short} ...\n{text}"
         elif self.kind == "string" and len(self.value) > 22:
-            text = f"line {self.line}: invalid string: {short} ...\n{text}"
+            text = f"line {self.line}: invalid string: {self.value[:21]} ...\n{text}"
         elif self.kind == "hex" and len(self.value) not in (10, 18):
             note = "invalid hex number (only 8 or 16 hex digits accepted)"
             text = f"line {self.line}: {note}: {short} ...\n{text}"

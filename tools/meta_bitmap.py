@@ -160,6 +160,7 @@ def dump_md(target: Target, console: Console, *, command: str = "tandemadm dump-
             console.warn('Found meta data is "unclean", please apply-al first')
             if not console.force:
                 return 1
+        superblock = _clipped(superblock, where, console)
         now = datetime.now().astimezone()
         put = console.out.write
         put(
@@ -173,7 +174,6 @@ def dump_md(target: Target, console: Console, *, command: str = "tandemadm dump-
         if moved is not None:
             put(_resized_comment(disk, moved))
         put(f"# md_offset {where.superblock}\n# al_offset {where.al}\n# bm_offset {where.bitmap}\n\n")
-        superblock = _clipped(superblock, where, console)
         put(dump_body(superblock))
         bitmap = attach.read_bitmap(disk.store, where, n_bits_of(superblock.la_size_sect * SECTOR))
         for text in dump_bitmap(bitmap):

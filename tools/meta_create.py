@@ -137,7 +137,8 @@ def _refusal(content: Content, where: Layout, say: Callable[[str], None]) -> str
     )
     if not content.used_kb:
         say(f"{left_kb:12} kB left usable by current configuration")
-        say("Could not determine the size of the actually used data area.\n")
+        if not content.all_of_it:
+            say("Could not determine the size of the actually used data area.\n")
         return truncated + _ZERO_FIRST
     say(f"{content.used_kb:12} kB data area apparently used")
     say(f"{left_kb:12} kB left usable by current configuration")

@@ -241,11 +241,11 @@ def run(target: Target, console: Console, work: Callable[[Disk], int], *, label:
 
 
 def size_text(kib: int) -> str:
-    """A size as drbdmeta prints it: KiB, divided by 1024 as long as it is 10000 or more."""
+    """A size as drbdmeta prints it: in KiB, or rounded to the first larger unit that makes it below 10000."""
     units = iter("KMGTPE")
     unit = next(units)
     while kib >= 10000:
-        kib //= 1024
+        kib = (kib + 512) >> 10
         unit = next(units)
     return f"{kib} {unit}B"
 

@@ -18,13 +18,13 @@ PROBE_BYTES: Final = 69632  # 68 KiB: the last signature begins at 64 KiB
 class Content:
     """What was found. ``used_kb`` is how much of the disk it uses, 0 when that is not known.
 
-    ``shrinkable`` says whether it is a file system one could make smaller. ``name`` is empty when nothing
-    known was found, although there are data.
+    ``name`` is empty when nothing known was found, although there are data. ``all_of_it`` says that it uses
+    the whole disk by its nature, so that there is no size to know.
     """
 
     name: str
     used_kb: int = 0
-    shrinkable: bool = False
+    all_of_it: bool = False
 
 
 def _little(head: bytes, at: int, length: int) -> int:
@@ -45,14 +45,14 @@ def _ext(head: bytes) -> Content | None:
         blocks |= _little(head, at + 336, 4) << 32
     journal = _little(head, at + 92, 4) & 0x4
     block_shift = min(_little(head, at + 24, 4), 16)
-    return Content("ext3 filesystem" if journal else "ext2 filesystem", blocks << block_shift, True)
+    return Content("ext3 filesystem" if journal else "ext2 filesystem", blocks << block_shift)
 
 
 def _xfs(head: bytes) -> Content | None:
     """struct xfs_dsb at 0: block size and data blocks."""
     if head[:4] != b"XFSB":
         return None
-    return Content("xfs filesystem", _big(head, 4, 4) * _big(head, 8, 8) // 1024, True)
+    return Content("xfs filesystem", _big(head, 4, 4) * _big(head, 8, 8) // 1024)
 
 
 def _reiserfs(head: bytes) -> Content | None:
@@ -60,7 +60,7 @@ def _reiserfs(head: bytes) -> Content | None:
     at = 65536
     if not head[at + 52 : at + 62].startswith((b"ReIsErFs", b"ReIsEr2Fs", b"ReIsEr3Fs")):
         return None
-    return Content("reiser filesystem", _little(head, at, 4) * _little(head, at + 44, 2) // 1024, True)
+    return Content("reiser filesystem", _little(head, at, 4) * _little(head, at + 44, 2) // 1024)
 
 
 def _jfs(head: bytes) -> Content | None:
@@ -70,7 +70,7 @@ def _jfs(head: bytes) -> Content | None:
         return None
     log_blocks, block_size = _little(head, at + 72, 3), _little(head, at + 16, 4)
     used = _little(head, at + 8, 8) * _little(head, at + 24, 4) + log_blocks * block_size
-    return Content("JFS filesystem", used // 1024, True)
+    return Content("JFS filesystem", used // 1024)
 
 
 def _btrfs(head: bytes) -> Content | None:
@@ -78,7 +78,7 @@ def _btrfs(head: bytes) -> Content | None:
     at = 65536
     if head[at + 64 : at + 72] != b"_BHRfS_M":
         return None
-    return Content("btrfs filesystem", _little(head, at + 112, 8) // 1024, True)
+    return Content("btrfs filesystem", _little(head, at + 112, 8) // 1024)
 
 
 def _lvm(head: bytes) -> Content | None:
@@ -97,7 +97,7 @@ def _swap(head: bytes) -> Content | None:
     """The last ten bytes of the first page, for page sizes of 4 to 64 KiB."""
     for page in (4096, 8192, 16384, 32768, 65536):
         if head[page - 10 : page] in (b"SWAP-SPACE", b"SWAPSPACE2"):
-            return Content("swap space signature")
+            return Content("swap space signature", all_of_it=True)
     return None
 
 

@@ -127,6 +127,7 @@ class Runtime:
         self._answers: dict[int, asyncio.Future[Refusal | None]] = {}
         self._last_ticket = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._volumes: dict[int, ReplicatedVolume] = {}
         self._snapshot = self.engine.status()
         self._refreshing = False
@@ -280,9 +281,10 @@ class Runtime:
         if due is None or self._stopped:
             return
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_due <= due:
                 return
             self._timer.cancel()
+        self._timer_due = due
         self._timer = self._loop.call_at(due, self._ring)
 
     def _ring(self) -> None:

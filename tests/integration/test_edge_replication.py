@@ -23,7 +23,7 @@ from tandem.repl.requests import FUA, MAY_UNMAP, Op, Request, split
 
 MIB = 1 << 20
 SIZE = 32 * MIB
-NET = NetOptions(ping_timeout=30, socket_check_timeout=1)
+NET = NetOptions(ping_timeout=10, socket_check_timeout=1)
 
 
 def free_port(host: str) -> int:
@@ -110,7 +110,7 @@ class Node:
         refusal = await self.runtime.command(name, volume, **args)
         assert refusal is None, (name, refusal, self.log)
 
-    async def until(self, what: Callable[[], object], limit_s: float = 30) -> None:
+    async def until(self, what: Callable[[], object], limit_s: float = 15) -> None:
         try:
             async with asyncio.timeout(limit_s):
                 while not what() and not self.mistakes:

@@ -224,7 +224,7 @@ class Healer:
         for node in nodes:
             if node.closing and not node.clients.open:
                 finish_demotion(node)
-            elif not node.closing:
+            else:
                 self._repair(node)
         if all(not n.commands for n in nodes):
             self._reconnect()

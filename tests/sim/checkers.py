@@ -20,7 +20,7 @@ from tandem.repl.uuids import CompareFacts, UuidSet, compare
 
 from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
 from .fake_disk import PAGE, FakeDisk, Sparse
-from .ondisk import BITS_PER_EXTENT, PRIMARY_IND, DiskView, RingWatch, super_at, view_of
+from .ondisk import BITS_PER_EXTENT, PRIMARY_IND, WAS_UP_TO_DATE, DiskView, RingWatch, super_at, view_of
 
 if TYPE_CHECKING:
     from .node import Ask, Node
@@ -53,7 +53,7 @@ class DiskRecord:
     super_durable: tuple[int, ...] = ()
     super_flying: list[tuple[int, ...]] = field(default_factory=list)
     view: DiskView | None = None  # of a disk that no engine has attached; dropped when its metadata changes
-    broke: bool = False
+    n_broke: int = 0  # how often the disk failed an operation
     conn: ConnState = C.STAND_ALONE
     role: Role = Role.SECONDARY
     disk: DiskState = D.DISKLESS
@@ -155,6 +155,8 @@ class Checks:
 
     def _data_executed(self, node: Node, op: DiskOp) -> None:
         self._compare(op.volume, op.offset // PAGE, -(-(op.offset + op.length) // PAGE))
+        payload = op.payload if op.op == Op.WRITE else None
+        self.w.ledgers[op.volume].written(node.index, op.offset, op.length, payload)
         if (
             self.w.mix.protocol == "C"
             and not isinstance(op, Request)
@@ -205,7 +207,7 @@ class Checks:
             self._compare(v, 0, self.pages_end[v])
 
     def disk_broke(self, node: Node, volume: int) -> None:
-        self.record(node, volume).broke = True
+        self.record(node, volume).n_broke += 1
 
     # ------------------------------------------------------------------ metadata
 
@@ -249,6 +251,10 @@ class Checks:
         first = offset // SECTOR
         return [allowed.get(s, INITIAL) for s in range(first, first + length // SECTOR)]
 
+    def good_since(self, node: Node, volume: int) -> tuple[int, bool]:
+        """How often the disk has failed so far, and whether it is good now."""
+        return self.record(node, volume).n_broke, node.good_disk(volume)
+
     def _data_of(self, node: Node, volume: int) -> int:
         """Whose copy a reader on *node* sees."""
         return node.index if node.state(volume).disk >= D.CONSISTENT else 1 - node.index
@@ -269,12 +275,8 @@ class Checks:
         volume = ask.request.volume
         if ask.write is not None:
             self.w.ledgers[volume].gave_up(ask.write)
-        if (
-            ask.disk_was_good
-            and node.good_disk(volume)
-            and node.primary
-            and not self.record(node, volume).broke
-        ):
+        record = self.record(node, volume)
+        if node.primary and node.good_disk(volume) and ask.good_since == (record.n_broke, True):
             self.fail("1 answers", f"{ask.request!r} failed although the disk is UpToDate and healthy")
 
     def _read_answered(self, node: Node, ask: Ask) -> None:
@@ -305,11 +307,12 @@ class Checks:
         state = vol.state
         if not here and state.disk >= D.CONSISTENT:
             self.fail("1 answers", f"{write!r} was answered, it is not on the local disk: {state}")
-        if not here and not there:
+        reached = there or peer.index in write.reached  # a power cut may have taken it since
+        if not here and not reached:
             self.fail("1 answers", f"{write!r} was answered, it is on no disk: {state}")
-        if (not there and self.w.mix.protocol == "C") or not state.connected:
-            self._check_marked(node, write, there)
-        if not there and not state.connected:
+        if not reached and (self.w.mix.protocol == "C" or not state.connected):
+            self._check_marked(node, write, here)
+        if not reached and not state.connected:
             self._check_alone(node, write)
         holders = [n.index for n, holds in ((node, here), (peer, there)) if holds]
         ledger.acked(write, holders)
@@ -318,16 +321,14 @@ class Checks:
         if not there and (self.w.mix.protocol == "C" or not state.connected):
             ledger.copies[peer.index].lacks.add(write)
 
-    def _check_marked(self, node: Node, write: Write, there: bool) -> None:
+    def _check_marked(self, node: Node, write: Write, here: bool) -> None:
         """Rule 1: what the peer lacks is marked, and the peer is out of the mirror."""
         assert node.engine is not None
         vol = node.engine.volumes[write.volume]
-        if there or not vol.bitmap.n_bits or vol.state.disk < D.INCONSISTENT:
-            if not there and vol.state.disk < D.INCONSISTENT:
-                self.fail(
-                    "1 answers", f"{write!r} was answered by a diskless node, the peer does not have it"
-                )
-            return
+        if vol.state.disk < D.INCONSISTENT:
+            if not here:
+                self.fail("1 answers", f"{write!r} was answered, it is on neither disk: {vol.state}")
+            return  # written just before the disk failed; the log on that disk marks it
         first, end = write.first // 8, (write.first + write.n + 7) // 8
         if vol.bitmap.count(first, end) == end - first:
             return
@@ -349,7 +350,8 @@ class Checks:
         if vol.state.disk >= D.CONSISTENT:
             own = super_at(node.disks[volume].devices[META].durable, where)
             other = super_at(peer.disks[volume].devices[META].durable, where)
-            if not own.bitmap or own.current & ~1 == other.current & ~1:
+            same = own.current & ~1 == other.current & ~1
+            if not own.bitmap or (same and other.flags & WAS_UP_TO_DATE):
                 self.fail(
                     "7 generations", f"{write!r} was answered alone without a new current UUID on disk: {own}"
                 )
@@ -410,8 +412,6 @@ class Checks:
             self._sync_began(node, volume)
         if record.conn in SYNCING_TARGET and state.conn is C.CONNECTED and state.disk is D.UP_TO_DATE:
             self._sync_ended(node, volume)
-        if state.disk is D.UP_TO_DATE and record.disk is not D.UP_TO_DATE and record.broke:
-            record.broke = False
         record.role, record.conn, record.disk = state.role, state.conn, state.disk
 
     def _promoted(self, node: Node, volume: int) -> None:

@@ -16,6 +16,8 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from tandem.repl.requests import Buffer
+
 SECTOR: Final = 512
 _TAG: Final = struct.Struct(">QIIQ")  # write, volume, node, sector
 _REST: Final = bytes(SECTOR - _TAG.size)
@@ -25,7 +27,7 @@ ZERO_SECTOR: Final = bytes(SECTOR)
 class Write:
     """One write (or trim, or zeroes) of the application. ``begin`` and ``end`` are ledger steps."""
 
-    __slots__ = ("acked", "begin", "end", "first", "fua", "id", "n", "node", "volume", "zero")
+    __slots__ = ("acked", "begin", "end", "first", "fua", "id", "n", "node", "reached", "volume", "zero")
 
     def __init__(
         self, id: int, volume: int, node: int, offset: int, length: int, zero: bool, fua: bool
@@ -40,6 +42,7 @@ class Write:
         self.begin = 0
         self.end: int | None = None
         self.acked = False
+        self.reached: set[int] = set()  # nodes whose disks wrote it, whatever became of it since
 
     @property
     def sectors(self) -> range:
@@ -189,6 +192,18 @@ class Ledger:
             copy.stable[s] = copy.stable[s] | found
 
     # ------------------------------------------------------------------ what a disk says
+
+    def written(self, node: int, offset: int, length: int, payload: Buffer | None) -> None:
+        """The disk of *node* wrote *payload* (None: zeros): note which write of the application that was."""
+        first, n = offset // SECTOR, length // SECTOR
+        if payload is None:
+            for write in self.writes.values():
+                if write.zero and write.end is None and (write.first, write.n) == (first, n):
+                    write.reached.add(node)
+            return
+        found = self.writes.get(int.from_bytes(payload[:8], "big"))
+        if found is not None and (found.first, found.n) == (first, n):
+            found.reached.add(node)
 
     def version_at(self, sector: int, content: bytes) -> Write:
         """Which write *content* belongs to; zeros are the oldest version there is."""

@@ -49,7 +49,7 @@ class Ask:
     write: Write | None = None
     expected: list[Versions] | None = None  # a read: what each sector might hold when it was submitted
     point: dict[int, Write] | None = None  # a flush: what it has to make stable
-    disk_was_good: bool = False
+    good_since: tuple[int, bool] = (0, False)  # failures of the disk so far, and whether it is good
 
 
 @dataclass(slots=True)

@@ -49,7 +49,9 @@ def _peer_not_flushed(mp: Patch) -> None:
     """The peer's flush request is answered without flushing."""
     original = Replica.write
 
-    def write(self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any) -> None:
+    def write(
+        self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any
+    ) -> None:
         if cmd == Packet.DATA and not length:
             self.epoch.size += 1
             self.e.send_ack(Packet.WRITE_ACK, vol, sector, block_id, 0)
@@ -282,14 +284,20 @@ PLANTS = (
     Plant("flush only here", "a flush is answered when the local disk is flushed", _flush_only_here),
     Plant("ack too early", "the secondary acks a write before it is on disk", _ack_before_disk),
     Plant("answer without the peer", "the primary answers before the peer's ack", _answer_without_peer),
-    Plant("bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply),
+    Plant(
+        "bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply
+    ),
     Plant("stale resync block", "resync does not lock out application writes", _stale_resync_block),
     Plant("overlaps not serialised", "overlapping writes are in flight together", _overlaps_not_serialised),
     Plant("lost barrier", "a barrier is acked before its writes are done and flushed", _lost_barrier),
     Plant("no marks on a lost link", "unacknowledged writes are not marked", _bits_not_set_on_loss),
     Plant("no new generation", "a primary that lost its peer keeps its UUID", _no_new_generation),
     Plant("write before log", "a write does not wait for the activity log", _write_before_log),
-    Plant("eviction without page", "an extent leaves the log, its bits are not on disk", _page_not_written_on_eviction),
+    Plant(
+        "eviction without page",
+        "an extent leaves the log, its bits are not on disk",
+        _page_not_written_on_eviction,
+    ),
     Plant("log not applied", "attach ignores the activity log", _log_not_applied),
     Plant("bitmaps not merged", "the peer's bitmap is ignored", _bitmaps_not_merged),
     Plant("wrong UUID rule", "rules 50 and 70 have their signs swapped", _wrong_uuid_rule),

@@ -292,19 +292,23 @@ class World:
             flags |= MAY_UNMAP
         payload = None if zero else write.payload()
         request = Request(node.clients, write.id, op, volume, offset, length, payload, flags)
-        node.clients.open[id(request)] = Ask(request, write, disk_was_good=node.good_disk(volume))
+        node.clients.open[id(request)] = Ask(request, write, good_since=self.checks.good_since(node, volume))
         return request
 
     def read(self, node: Node, volume: int, offset: int, length: int) -> Request:
         request = Request(node.clients, None, Op.READ, volume, offset, length)
         expected = self.checks.expected(node, volume, offset, length)
-        node.clients.open[id(request)] = Ask(request, expected=expected, disk_was_good=node.good_disk(volume))
+        node.clients.open[id(request)] = Ask(
+            request, expected=expected, good_since=self.checks.good_since(node, volume)
+        )
         return request
 
     def flush(self, node: Node, volume: int) -> Request:
         request = Request(node.clients, None, Op.FLUSH, volume, 0, 0)
         point = self.ledgers[volume].flush_point(node.index)
-        node.clients.open[id(request)] = Ask(request, point=point, disk_was_good=node.good_disk(volume))
+        node.clients.open[id(request)] = Ask(
+            request, point=point, good_since=self.checks.good_since(node, volume)
+        )
         return request
 
     def finished(self, node: Node, request: Request) -> None:
@@ -471,6 +475,8 @@ class World:
             f"{n:5d} {now:10.3f} {what} {' '.join(map(str, details))}" for n, now, what, details in self.trace
         ]
         for node in self.nodes:
+            lines += [f"node {'ab'[node.index]} waits: {c}" for c in node.commands.values()]
+            lines += [f"node {'ab'[node.index]} waits: {a.request!r}" for a in node.clients.open.values()]
             for v in range(self.mix.n_volumes):
                 what = str(node.state(v)) if node.engine is not None else "down"
                 lines.append(f"node {'ab'[node.index]} volume {v}: {what}")

@@ -111,7 +111,9 @@ def make(
     return store, where
 
 
-def run_log(store: MemoryStore, where: Layout, *transactions: tuple[int, ...], slots: int = 67) -> ActivityLog:
+def run_log(
+    store: MemoryStore, where: Layout, *transactions: tuple[int, ...], slots: int = 67
+) -> ActivityLog:
     """Write transactions as a running primary does."""
     log = ActivityLog(slots, where.al_blocks, where.al_stripes)
     for extents in transactions:

@@ -336,8 +336,9 @@ def test_booleans_and_old_spellings(tmp_path: Path) -> None:
 
 
 def test_the_syncer_section(tmp_path: Path) -> None:
-    text = resource("syncer { rate 10M; al-extents 66; verify-alg md5; csums-alg sha1; cpu-mask f; use-rle no; "
-                    "on-no-data-accessible suspend-io; c-min-rate 1M; hold-off-threshold 3; }")  # fmt: skip
+    text = resource("syncer { rate 10M; al-extents 66; verify-alg md5; csums-alg sha1; cpu-mask f; "
+                    "use-rle no; on-no-data-accessible suspend-io; c-min-rate 1M; "
+                    "hold-off-threshold 3; }")  # fmt: skip
     configuration = loaded(tmp_path, text)
     r0 = configuration.for_node("a")["r0"]
     disk = r0.volumes[0].disk_options

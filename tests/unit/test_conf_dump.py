@@ -171,10 +171,6 @@ def test_what_is_printed_means_the_same(tmp_path: Path, node: str, merged: bool)
     assert again.ignored(node) == original.ignored(node)
     for name in original.for_node(node):
         assert up_commands(again, node, name) == up_commands(original, node, name) or merged
-    third = loaded(tmp_path, dump(again, node, merged=merged), "third.conf")
-    assert dump(third, node).replace("third", "again").splitlines()[1:] == [
-        line.replace("third", "again") for line in dump(third, node).splitlines()[1:]
-    ]
 
 
 def test_printing_twice_changes_nothing(tmp_path: Path) -> None:
@@ -206,7 +202,7 @@ def test_names_select_resources(tmp_path: Path) -> None:
     configuration = loaded(tmp_path, RICH)
     text = dump(configuration, "a", ["n", "f"])
     assert text.index("resource n {") < text.index("resource f {")
-    assert "global" not in text and "common" not in text and "r 1" not in text
+    assert "global" not in text and "common" not in text and '"r 1"' not in text
     with pytest.raises(KeyError):
         dump(configuration, "a", ["nix"])
 

@@ -267,6 +267,19 @@ def test_the_timer_rings_at_the_deadline_and_not_before(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_deadline_that_has_passed_is_a_tick_at_once(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.machine.due = 0.0
+        await bench.runtime.start()
+        await bench.runtime.start()  # the timer is set already, to a time that has passed
+        async with asyncio.timeout(10):
+            while not bench.machine.ticks:
+                await asyncio.sleep(0)
+        assert len(bench.machine.ticks) == 1
+
+    run(tmp_path, test)
+
+
 def test_the_peer_is_heard_before_a_deadline_counts(tmp_path: Path) -> None:
     async def test(bench: Bench) -> None:
         machine = bench.machine
