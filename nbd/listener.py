@@ -53,14 +53,14 @@ class Listener:
     async def tcp(cls, host: str, port: int, accepted: Callable[[socket.socket], None]) -> list[Listener]:
         """Listeners on every address *host* stands for ('' is all of this machine's). Raises ServerError."""
         where = f"port {port} of {host}" if host else f"port {port}"
+        if not 0 <= port <= 65535:
+            raise ServerError(f"Cannot listen on {where}: ports go from 0 to 65535.")
         try:
             found = await asyncio.get_running_loop().getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
         except (socket.gaierror, UnicodeError) as error:
             raise ServerError(f"Cannot listen on {where}: the host name is not known ({error}).") from error
-        except OverflowError as error:
-            raise ServerError(f"Cannot listen on {where}: ports go from 0 to 65535.") from error
         made: list[Listener] = []
         for family, kind, protocol, _, sockaddr in dict.fromkeys(found):
             sock = socket.socket(family, kind, protocol)
@@ -122,7 +122,10 @@ class Listener:
         return f"nbd://{host}{'' if port == DEFAULT_PORT else f':{port}'}/{quote(name)}"
 
     def resume(self) -> None:
-        if not self._accepting and self._retry is None:
+        if self._retry is not None:  # a descriptor may just have become free
+            self._retry.cancel()
+            self._retry = None
+        if not self._accepting:
             self._accepting = True
             self._loop.add_reader(self._sock, self._acceptable)
 
@@ -154,14 +157,10 @@ class Listener:
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     self.pause()
-                    self._retry = self._loop.call_later(EXHAUSTED_S, self._try_again)
+                    self._retry = self._loop.call_later(EXHAUSTED_S, self.resume)
                     return
                 continue  # that connection was broken before it was accepted, see accept(2)
             self._accepted(sock)
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self.resume()
 
 
 def _remove_stale(path: str) -> None:

@@ -170,7 +170,7 @@ class Session:
         self._transmission: Transmission | None = None
         self._receiver = Receiver(sock, self._consume, self._need, chunk_max=CHUNK_MAX)
         self._sender = Sender(
-            loop, sock, self._send_failed, on_high=self._review, on_low=self._review, on_empty=self._review
+            loop, sock, self._send_failed, on_high=self._review, on_low=self._sendable, on_empty=self._review
         )
         self._queries: deque[StatusQuery] = deque()
         self._status_task: asyncio.Task[None] | None = None
@@ -251,6 +251,10 @@ class Session:
     def send(self, buffers: list[Buffer]) -> None:
         self._sender.send(buffers)
 
+    @property
+    def congested(self) -> bool:
+        return self._sender.congested
+
     def settled(self) -> None:
         if not self._within:
             self._review()
@@ -307,6 +311,12 @@ class Session:
                 self._loop.add_reader(self._sock, self._readable)
             else:
                 self._loop.remove_reader(self._sock)
+
+    def _sendable(self) -> None:
+        """The client has read most of its answers."""
+        if self._transmission is not None:
+            self._transmission.refill()
+        self._review()
 
     def _resumed(self) -> None:
         self._awaiting_resume = False

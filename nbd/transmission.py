@@ -80,6 +80,10 @@ class Port(Protocol):
     def ask_status(self, query: StatusQuery) -> None:
         """Find out what is allocated; `Transmission.status_known` wants the answer."""
 
+    @property
+    def congested(self) -> bool:
+        """Whether too many answers are unsent; when they are gone, `Transmission.refill` is to be called."""
+
     def settled(self) -> None:
         """Answers were handed over outside `consume`: ``busy`` and ``n_open`` may have fallen."""
 
@@ -109,7 +113,7 @@ class Transmission:
         self._room = INFLIGHT_BYTES_MAX  # bytes of READ and WRITE that may still enter the machine
         self._held: deque[Request | Sliced] = deque()  # reads that wait for room
         self._answers: list[Buffer] = []  # replies made while parsing
-        self._within = False  # consume or _refill is further up the stack and will see to the rest
+        self._within = False  # consume or refill is further up the stack and will see to the rest
         self._gone = False  # the client is not there any more: answers have nowhere to go
         self._replies: Replies = SimpleReplies()
         if extended:
@@ -180,8 +184,7 @@ class Transmission:
             if batch:
                 self._port.submit(batch)
             self._within = False
-            if self._held and self._room > 0:
-                self._refill()
+            self.refill()
 
     def need(self, rest: memoryview) -> int:
         """The length of the incomplete request, or piece of a payload, that starts with *rest*."""
@@ -392,11 +395,13 @@ class Transmission:
             answer = self._replies.success(parent.cookie, parent.offset)
         self._port.send(answer)
 
-    def _refill(self) -> None:
-        """Let held reads into the machine as far as there is room."""
-        self._within = True
+    def refill(self) -> None:
+        """Let held reads into the machine as far as there is room for them, and for their answers."""
         held = self._held
-        while held and self._room > 0:
+        if not held or self._within:
+            return
+        self._within = True
+        while held and self._room > 0 and not self._port.congested:
             batch: list[Request] = []
             while held and self._room > 0:
                 first = held[0]
@@ -443,6 +448,5 @@ class Transmission:
     def _settle(self) -> None:
         if self._within:
             return
-        if self._held and self._room > 0:
-            self._refill()
+        self.refill()
         self._port.settled()

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from .metadata import MdFlag
 from .states import ConnState, DiskState, Role, State
 from .volume import Volume
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .meta_writer import MetaWriter
 
 C = ConnState
 D = DiskState
@@ -77,19 +79,35 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
                     e.peer.send_uuids(vol)
     if old.disk == old.pdsk == D.INCONSISTENT and old.peer != Role.PRIMARY == new.peer:
         vol.consider_resync = True
-    if new.disk == D.UP_TO_DATE:
+    if new.disk == D.UP_TO_DATE and not vol.completion_gates:
         vol.exposed = vol.uuids.current & ~1
 
 
 def _flags(e: Engine, vol: Volume, new: State) -> None:
     """The superblock's flags are a function of the state; a change of them is written."""
     if vol.attached and new.disk >= D.INCONSISTENT:
+        if vol.last_flags & ~vol.flags() & MdFlag.PRIMARY_IND and vol.meta is not None:
+            _hold_primary_mark(e, vol, vol.meta)
         flags = vol.flags()
         if flags != vol.last_flags:
             vol.last_flags = flags
             e.write_superblock(vol, None)
     if new.disk == new.pdsk == D.UP_TO_DATE:
         vol.crashed_primary = False  # after the flags, as in DRBD: it leaves the disk with the next change
+
+
+def _hold_primary_mark(e: Engine, vol: Volume, meta: MetaWriter) -> None:
+    """Without PRIMARY_IND nobody applies the activity log: the bits and the data come to disk first."""
+    vol.primary_hold = True
+
+    def written(ok: bool) -> None:
+        if vol.meta is meta:
+            vol.primary_hold = False
+            if ok and vol.attached and vol.flags() != vol.last_flags:
+                vol.last_flags = vol.flags()
+                e.write_superblock(vol, None)
+
+    meta.write_changed(written)
 
 
 def _tell_peer(e: Engine, vol: Volume, old: State, new: State) -> None:

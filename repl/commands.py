@@ -295,7 +295,9 @@ class Commands:
             vol.uuids = vol.uuids.with_role(True)
             vol.io_holds += 1
             vol.refresh()
-            yield self._durable(vol)
+            durable = yield self._durable(vol)
+            if durable and vol.state.disk == DiskState.UP_TO_DATE:
+                vol.exposed = vol.uuids.current & ~1
             vol.io_holds -= 1
             vol.refresh()
             self.e.mirror.release_held(vol)
@@ -308,6 +310,12 @@ class Commands:
         for vol in self._volumes(command):
             if vol.state.role == Role.SECONDARY:
                 continue
+            checked = change(vol.state, replace(vol.state, role=Role.SECONDARY), self.e.facts(vol))
+            if isinstance(checked, Refusal) and checked.code != -18:
+                return refusal(checked.code)
+            # Only a Primary makes a new generation when it loses its peer, so the peer must hold everything
+            # stably (or be lost) before this node stops being one.
+            yield self.e.mirror.when_log_empty
             code = yield from self._ask(vol, role=Role.SECONDARY)
             if code < SUCCESS:
                 return refusal(code)
@@ -315,6 +323,7 @@ class Commands:
                 self.e.peer.send_state(vol)
             if vol.meta is not None:
                 yield lambda resume, v=vol: v.meta.write_changed(resume)  # type: ignore[misc]
+                yield self._durable(vol)
         return None
 
     # ------------------------------------------------------------------------------ data

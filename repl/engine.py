@@ -403,7 +403,9 @@ class Engine:
 
         def durable(ok: bool) -> None:
             vol.completion_gates -= 1
-            self.mirror.release_gated(vol)
+            if ok and vol.state.disk == DiskState.UP_TO_DATE:
+                vol.exposed = vol.uuids.current & ~1
+            self.mirror.release_gated(vol, without_peer_fails=not ok)
 
         self.write_superblock(vol, durable)
 

@@ -20,6 +20,7 @@ from .errors import PeerProtocolError
 from .mirror import PEER, PEER_OK, PeerFlush
 from .requests import Request
 from .states import ConnState, DiskState
+from .units import DISCARD_MAX, IO_MAX
 from .volume import Volume
 from .wire import (
     ACK,
@@ -260,6 +261,7 @@ class Link:
     def receive_data(self, view: memoryview) -> int:
         """Consume whole packets; returns how many bytes."""
         at, n = 0, len(view)
+        self.e.liveness.heard()
         while at < n and self.alive:
             if self.stage is not Stage.OPEN:
                 used = self._handshake_packet(view[at:])
@@ -319,7 +321,6 @@ class Link:
         return HEADER + length
 
     def _dispatch(self, number: int, vol: Volume | None, cmd: int, payload: memoryview) -> None:
-        self.e.liveness.heard()
         if not self.protocol_seen and cmd != Packet.PROTOCOL:
             if cmd == Packet.AUTH_CHALLENGE:
                 raise PeerProtocolError("the peer wants authentication, cram-hmac-alg is not configured here")
@@ -367,6 +368,12 @@ class Link:
             Packet.DELAY_PROBE: None,
         }
 
+    def _check_request(self, vol: Volume, sector: int, size: int) -> None:
+        """A range the peer wants to read."""
+        if not 0 < size <= IO_MAX:
+            raise PeerProtocolError(f"a request for {size} bytes; at most 1 MiB may be asked for")
+        self._check_range(vol, sector, size)
+
     def _check_range(self, vol: Volume, sector: int, size: int) -> None:
         if size & 511 or (sector << 9) + size > vol.size:
             raise PeerProtocolError(f"{size} bytes at sector {sector} on a device of {vol.size} bytes")
@@ -392,7 +399,7 @@ class Link:
     def _trim_or_zeroes(self, cmd: int) -> Callable[[Volume, memoryview], None]:
         def handle(vol: Volume, payload: memoryview) -> None:
             sector, block_id, _, flags, size = unpack_trim(payload)
-            if size > 128 << 20:
+            if size > DISCARD_MAX:
                 raise PeerProtocolError(f"{Packet(cmd).name} of {size} bytes; 128 MiB is the limit")
             self._check_range(vol, sector, size)
             self.e.replica.write(vol, cmd, sector, block_id, flags, size, None)
@@ -417,20 +424,20 @@ class Link:
 
     def _data_request(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, size = unpack_block_req(payload)
-        self._check_range(vol, sector, size)
+        self._check_request(vol, sector, size)
         self.e.peer.serve_read(vol, sector, block_id, size)
 
     def _rs_request(self, thin: bool) -> Callable[[Volume, memoryview], None]:
         def handle(vol: Volume, payload: memoryview) -> None:
             sector, block_id, size = unpack_block_req(payload)
-            self._check_range(vol, sector, size)
+            self._check_request(vol, sector, size)
             self.e.resync.serve(vol, sector, block_id, size, None, thin)
 
         return handle
 
     def _csum_request(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, size = unpack_block_req(payload)
-        self._check_range(vol, sector, size)
+        self._check_request(vol, sector, size)
         self.e.resync.serve(vol, sector, block_id, size, bytes(payload[24:]), False)
 
     def _out_of_sync(self, vol: Volume, payload: memoryview) -> None:

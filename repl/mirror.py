@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from .meta_writer import CallbackOp
@@ -56,7 +57,7 @@ BOTH_OK: Final = LOCAL_OK | PEER_OK
 
 FAST_LENGTH_MAX: Final = 1 << 20
 REQUESTS_MAX: Final = 4096  # requests in the machine before front ends stop reading
-LOG_MAX: Final = 50_000  # writes in the transfer log before the peer is asked to flush
+LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
 BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
 
 BLOCKED_CONNS: Final = frozenset((ConnState.WF_BITMAP_T, ConnState.WF_SYNC_UUID, ConnState.STARTING_SYNC_T))
@@ -98,6 +99,7 @@ class Mirror:
         self.next_id = 1
         self.n_app = 0
         self.asked_for_flush = False
+        self._log_waiters: list[Callable[[None], None]] = []
 
     # ------------------------------------------------------------------------------ entry
 
@@ -107,6 +109,8 @@ class Mirror:
         self.n_app += n
         vol.n_app += n
         vol.last_app_io = self.e.now
+        if self.n_log > LOG_MAX // 2:
+            self._ask_for_flush(vol)
         if vol.fast and not vol.intervals.large:
             batch = self._submit_fast(vol, batch)
         for r in batch:
@@ -190,7 +194,10 @@ class Mirror:
     def enter(self, vol: Volume, r: Request) -> None:
         """One request, the long way: wait for what it must wait for, then start it."""
         state = vol.state
-        if state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS:
+        if (
+            state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS
+            or state.disk == DiskState.NEGOTIATING  # the peer's bitmap may be on its way without this write
+        ):  # fmt: skip
             vol.held.append(r)
         elif state.role != Role.PRIMARY:
             self._fail(vol, r, errno.EPERM)
@@ -314,7 +321,10 @@ class Mirror:
     def _dispatch(self, vol: Volume, r: Request) -> None:
         """Start a write that holds its range (and extents): to the disk, to the peer, or to both."""
         state = vol.state
-        if state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS:
+        if (
+            state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS
+            or state.disk == DiskState.NEGOTIATING
+        ):  # fmt: skip
             self._release(vol, r)
             vol.held.append(r)
             return
@@ -416,6 +426,20 @@ class Mirror:
             self.epochs[-1].closed = True
             self.send_barrier(self.epochs[-1])
 
+    def when_log_empty(self, then: Callable[[None], None]) -> None:
+        """Call *then* once the peer has confirmed every write as stable, or is lost."""
+        if any(epoch.n_sent for epoch in self.epochs):
+            self.close_epoch()
+            self._log_waiters.append(then)
+        else:
+            then(None)
+
+    def _log_shrank(self) -> None:
+        if self._log_waiters and not any(epoch.n_sent for epoch in self.epochs):
+            waiters, self._log_waiters = self._log_waiters, []
+            for then in waiters:
+                then(None)
+
     def barrier_acked(self, barrier: int, set_size: int) -> str:
         """P_BARRIER_ACK; returns a sentence when it does not fit, else an empty string."""
         if not self.epochs or not self.epochs[0].barrier_sent:
@@ -439,6 +463,7 @@ class Mirror:
         for vol in volumes.values():
             if vol.al.n_wanted:
                 self.kick_activity_log(vol)
+        self._log_shrank()
         return ""
 
     def _drop_extents(self, vol: Volume, r: Request) -> None:
@@ -562,7 +587,8 @@ class Mirror:
                 self.e.resync.progressed(vol)
             return
         vol.set_out_of_sync(r.offset, r.length)
-        if not legs & BOTH_OK:
+        # On a disk that is no good copy of its own (a target that lost its source) the write would not survive.
+        if not legs & PEER_OK and not (legs & LOCAL_OK and vol.state.disk >= DiskState.CONSISTENT):
             r.error = errno.EIO
 
     def _release(self, vol: Volume, r: Request) -> None:
@@ -589,7 +615,13 @@ class Mirror:
         vol.n_app -= n
         self.e.out.done += requests
 
-    def release_gated(self, vol: Volume) -> None:
+    def release_gated(self, vol: Volume, *, without_peer_fails: bool = False) -> None:
+        """Answer what was held. *without_peer_fails*: the generation that says the peer misses these
+        writes did not reach the disk, so only what the peer has counts."""
+        if without_peer_fails:
+            for r in vol.gated:
+                if r.op != Op.READ and not r.legs & PEER_OK:
+                    r.error = errno.EIO
         if vol.gated and not vol.completion_gates and not vol.state.suspended:
             gated, vol.gated = vol.gated, []
             self._answer(vol, gated)
@@ -700,6 +732,7 @@ class Mirror:
         for vol in volumes.values():
             if vol.al.n_wanted:
                 self.kick_activity_log(vol)
+        self._log_shrank()
 
     def log_out_of_sync(self, vol: Volume) -> None:
         """The peer lost its disk: nothing it holds unflushed counts any more."""
@@ -768,4 +801,4 @@ class Mirror:
 
     @property
     def congested(self) -> bool:
-        return self.n_app >= REQUESTS_MAX
+        return self.n_app >= REQUESTS_MAX or self.n_log >= LOG_MAX

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 JUST_CREATED: Final = 4
+CONNECTED_OUTDATES: Final = -6  # refusal: nobody is Outdated while connected
 # Flags in P_UUIDS.
 DISCARD_MY_DATA: Final = 1
 CRASHED_PRIMARY: Final = 2
@@ -320,6 +321,9 @@ class Peer:
             return
         refused = e.change(vol, new, hard=not connecting)
         if isinstance(refused, Refusal):
+            if refused.code == CONNECTED_OUTDATES:  # an Outdated disk and a peer without one: it may attach yet
+                e.drop(ConnState.PROTOCOL_ERROR, "our disk is Outdated and the peer has none")
+                return
             e.stand_alone(f"({refused.code}) {refused.text}")
             return
         if connecting:

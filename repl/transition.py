@@ -191,6 +191,17 @@ def _without_data(s: State) -> bool:
     return s.role is Role.PRIMARY and s.disk < D.UP_TO_DATE and s.pdsk < D.UP_TO_DATE
 
 
+def _settled(disk: DiskState, other: DiskState, aborted: bool) -> DiskState:
+    """What a Consistent or Outdated *disk* is once connected to a node whose disk is *other*.
+
+    DRBD always says UpToDate. Ours does not become so next to a node without data: it is known to be old, or
+    (*aborted*) it was about to be synced and the source went. Else stale data would be read and promoted.
+    """
+    if disk not in _VANISHING:
+        return disk
+    return D.OUTDATED if other < D.INCONSISTENT and (disk is D.OUTDATED or aborted) else D.UP_TO_DATE
+
+
 def sanitize(old: State, new: State, facts: Facts) -> State:
     """Complete the wish *new*: everything that follows from it and from the facts.
 
@@ -199,9 +210,8 @@ def sanitize(old: State, new: State, facts: Facts) -> State:
     """
     s = _follow_connection(new, facts)
     if C.CONNECTED <= s.conn < C.AHEAD:  # with a peer at hand a disk is either current or being synced
-        disk = D.UP_TO_DATE if s.disk in _VANISHING else s.disk
-        pdsk = D.UP_TO_DATE if s.pdsk in _VANISHING else s.pdsk
-        s = replace(s, disk=disk, pdsk=pdsk)
+        aborted = old.conn > C.CONNECTED
+        s = replace(s, disk=_settled(s.disk, s.pdsk, aborted), pdsk=_settled(s.pdsk, s.disk, aborted))
     s = _clamp(s)
     stonith = _policy(old, facts) is Fencing.RESOURCE_AND_STONITH
     if stonith and _would_fence(s) and not _would_fence(old):

@@ -51,6 +51,7 @@ class Volume:
         self.al_suspended = False
         self.full_sync_flag = False
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
+        self.primary_hold = False  # PRIMARY_IND stays until the bits only the log vouches for are on disk
         self.consider_resync = False  # both were Inconsistent and the peer was forced to be UpToDate
         self.pending_sync_uuid: int | None = None  # P_SYNC_UUID that came before we were ready for it
         self.al_nr_extents = 0
@@ -161,6 +162,8 @@ class Volume:
         else:
             flags = MdFlag(md_flags(self.state, self.crashed_primary, self.last_flags))
         flags &= ~(MdFlag.FULL_SYNC | MdFlag.AL_DISABLED)
+        if self.primary_hold:
+            flags |= MdFlag.PRIMARY_IND
         if self.full_sync_flag:
             flags |= MdFlag.FULL_SYNC
         if not self.config.disk_options.al_updates:

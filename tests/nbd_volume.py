@@ -106,12 +106,12 @@ class RamVolume:
             asyncio.get_running_loop().call_soon(self._some)
 
     def _some(self) -> None:
-        """Answer a random part of what is pending, in random order."""
+        """Answer a few of what is pending, in random order."""
         self._scheduled = False
         if self.holding:
             return
         self._draw.shuffle(self._pending)
-        n = self._draw.randint(1, len(self._pending))
+        n = self._draw.randint(1, min(len(self._pending), 8))
         batch, self._pending = self._pending[:n], self._pending[n:]
         self._schedule()
         self._answer(batch)

@@ -70,7 +70,9 @@ class ReplyReader:
     whose error texts are its own affair.
     """
 
-    def __init__(self, style: str, reads: dict[int, tuple[int, int]] | None = None, ours: bool = True) -> None:
+    def __init__(
+        self, style: str, reads: dict[int, tuple[int, int]] | None = None, ours: bool = True
+    ) -> None:
         self.style = style
         self.ours = ours
         self.reads = {} if reads is None else reads

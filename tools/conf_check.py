@@ -76,14 +76,18 @@ def _volumes(resource: Resource) -> None:
 
 
 def _addresses(resource: Resource, claims: Claims) -> None:
-    """Each link has an address at both ends, and no two hosts or resources have the same one."""
+    """Each link has an address at both ends, and no two hosts or resources have the same one.
+
+    Addresses of connection sections are not compared here: behind a proxy all may be the same.
+    """
     ends = [end for link in links(resource) for end in zip(link.hosts, link.addresses, strict=True)]
     linked = {host.name for host, _ in ends}
     for host, address in [*ends, *((h, h.address) for h in resource.hosts if h.name not in linked)]:
         if address is None:
             raise host.place.error(f"in resource {resource.name}, {host.title} {{ ... }}: "
                                    "'address' keyword missing.")  # fmt: skip
-        _claim_address(resource, host, address, claims)
+        if address is host.address:
+            _claim_address(resource, host, address, claims)
 
 
 def _claim_address(resource: Resource, host: Host, address: Address, claims: Claims) -> None:

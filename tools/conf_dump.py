@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape, quoteattr
 from .conf_inherit import host_volumes, inherit, is_implicit, section_of, volume_options
 from .conf_model import STDIN, Address, Connection, Host, Opaque, Option, Place, Resource, Volume
 from .conf_options import GLOBAL
-from .conf_resolve import disk_options, for_node, link_of, my_host, net_options
+from .conf_resolve import disk_options, for_node, link_of, my_host, net_options, nominated
 
 if TYPE_CHECKING:
     from .conf import Configuration
@@ -125,7 +125,7 @@ def _dump_resource(
 ) -> None:
     ignored = "ignored" if my_host(resource, node) is None and not resource.stacked else "not ignored"
     stacked = "stacked" if resource.stacked else "not stacked"
-    out.add(f"# resource {resource.name} on {node}: {ignored}, {stacked}")
+    out.add(f"# resource {quoted(resource.name)} on {node}: {ignored}, {stacked}")
     out.add(f"# defined at {where(resource.place)}")
     out.open(f"resource {quoted(resource.name)} {{")
     for host in resource.hosts:
@@ -149,10 +149,10 @@ def _dump_host(
     for volume in host_volumes(resource, host).values():
         options = volume_options(configuration, resource, volume) if merged else volume.options.options
         if is_implicit(resource, host):
-            _dump_volume(out, volume, options)
+            _dump_volume(out, volume, options, merged)
         else:
             out.open(f"volume {volume.number} {{")
-            _dump_volume(out, volume, options)
+            _dump_volume(out, volume, options, merged)
             out.close()
     if host.kind != "floating" and host.address is not None:
         out.pair("address", str(host.address))
@@ -161,19 +161,23 @@ def _dump_host(
     out.close()
 
 
-def _dump_volume(out: _Lines, volume: Volume, options: list[Option]) -> None:
+def _dump_volume(out: _Lines, volume: Volume, options: list[Option], merged: bool) -> None:
     _dump_options(out, "disk", options)
     device, disk, meta = volume.device, volume.disk, volume.meta_disk
     if device is not None:
         minor = [f"minor {device.minor}"] if device.minor >= 0 else []
-        name = [quoted(device.name)] if device.name else []
+        full_name = device.name or (f"/dev/drbd{device.minor}" if merged else "")
+        name = [quoted(full_name)] if full_name else []
         out.pair("device", " ".join(name + minor))
     if disk is not None:
         out.pair("disk", '"none"' if disk.path == "none" else quoted(disk.path) if disk.path else "none")
     if meta is not None and meta.kind == "internal":
         out.pair("meta-disk", "internal")
     elif meta is not None:
-        out.pair("meta-disk", quoted(meta.path) + (f" [{meta.index}]" if meta.kind == "indexed" else ""))
+        if meta.kind == "indexed":  # in its own column at every level, as drbdadm has it
+            out.add(f"{'meta-disk':<16} {quoted(meta.path)} [{meta.index}];")
+        else:
+            out.pair("meta-disk", quoted(meta.path))
 
 
 def _dump_connection(out: _Lines, connection: Connection) -> None:
@@ -336,7 +340,7 @@ def _xml_opaque(out: _Lines, statement: Opaque) -> None:
 
 def _xml_quoted(text: str) -> str:
     """An attribute value, always in double quotes (what greps for it expects them)."""
-    return '"' + escape(text, {'"': "&quot;"}) + '"'
+    return '"' + escape(text, {'"': "&quot;", "'": "&apos;"}) + '"'
 
 
 # ----------------------------------------------------------------------------------------- dry run
@@ -366,8 +370,9 @@ def up_commands(configuration: Configuration, node: str, name: str) -> list[str]
         commands.append(
             _command("drbdsetup-84 attach", str(volume.minor), volume.disk, path, index, *_long(disk))
         )
-    net = net_options(configuration, resource, link)
-    ends = (str(config.address), str(config.peer_address))
+    net = [nominated(option, me) for option in net_options(configuration, resource, link)]
+    mine = link.hosts.index(me)
+    ends = [f"{a.family}:{a.key}" for a in (link.addresses[mine], link.addresses[1 - mine]) if a]
     commands.append(_command("drbdsetup-84 connect", name, *ends, *_long(net)))
     return commands
 

@@ -165,9 +165,9 @@ STARTUP: Final = _table(
 _QUORUM: Final = "off majority all " + " ".join(str(n) for n in range(1, 33))
 
 OPTIONS: Final = _table(
-    _string("cpu-mask", 256),
+    _string("cpu-mask", 256, _LATER),
     _enum("on-no-data-accessible", "io-error suspend-io"),
-    _bool("auto-promote", False),
+    _bool("auto-promote", False, _LATER),
     # From here on DRBD 9's, for which two nodes need nothing or which are not there yet.
     _number("auto-promote-timeout", 0, 600, 20, support=_MOOT),
     _enum("quorum", _QUORUM, _LATER),
@@ -195,20 +195,20 @@ DISK: Final = _table(
     _bool("disk-drain", True),
     _bool("md-flushes", True),
     _number("resync-rate", 1, 4194304, 250, "k"),
-    _string("resync-after"),
+    _string("resync-after", support=_LATER),
     _number("al-extents", 67, 65534, 1237, clamped=True),
     _bool("al-updates", True),
-    _bool("discard-zeroes-if-aligned", True),
+    _bool("discard-zeroes-if-aligned", True, _MOOT),  # a discard leaves zeroes on both nodes
     _bool("disable-write-same", False, _MOOT),
     _number("c-plan-ahead", 0, 300, 20),
     _number("c-delay-target", 1, 100, 10),
     _number("c-fill-target", 0, 1048576, 0, "s"),
     _number("c-max-rate", 0, 4194304, 0, "k"),
-    _number("c-min-rate", 0, 4194304, 250, "k"),
-    _number("disk-timeout", 0, 6000, 0),
+    _number("c-min-rate", 0, 4194304, 250, "k", support=_LATER),
+    _number("disk-timeout", 0, 6000, 0, support=_LATER),
     _enum("read-balancing", "prefer-local prefer-remote round-robin least-pending when-congested-remote "
-          + _STRIPES),
-    _number("rs-discard-granularity", 0, 1048576, 0),
+          + _STRIPES, _LATER),
+    _number("rs-discard-granularity", 0, 1048576, 0, support=_LATER),
     # DRBD 9's.
     _bool("bitmap", True, _LATER),
     _bool("resync-without-replication", True, _MOOT),
@@ -226,7 +226,7 @@ NET: Final = _table(
     _enum("protocol", "A B C", default="C"),
     _number("timeout", 1, 600, 60),
     _number("max-epoch-size", 1, 20000, 2048),
-    _number("max-buffers", 32, 131072, 2048),
+    _number("max-buffers", 32, 131072, 2048, support=_MOOT),  # the driver's page pool
     _number("unplug-watermark", 1, 131072, 128, support=_MOOT),
     _number("connect-int", 1, 120, 10),
     _number("ping-int", 1, 120, 10),
@@ -244,12 +244,12 @@ NET: Final = _table(
     _enum("rr-conflict", "disconnect call-pri-lost violently retry-connect auto-discard"),
     _number("ping-timeout", 1, 300, 5),
     _string("data-integrity-alg"),
-    _bool("tcp-cork", True),
-    _enum("on-congestion", "block pull-ahead disconnect"),
-    _number("congestion-fill", 0, 20971520, 0, "s"),
-    _number("congestion-extents", 67, 65534, 1237),
+    _bool("tcp-cork", True, _MOOT),  # a batch is one system call
+    _enum("on-congestion", "block pull-ahead disconnect", _LATER),
+    _number("congestion-fill", 0, 20971520, 0, "s", support=_LATER),
+    _number("congestion-extents", 67, 65534, 1237, support=_LATER),
     _string("csums-alg"),
-    _bool("csums-after-crash-only", False),
+    _bool("csums-after-crash-only", False, _LATER),
     _string("verify-alg"),
     _bool("use-rle", True),
     _number("socket-check-timeout", 0, 300, 0),

@@ -86,11 +86,18 @@ def my_host(resource: Resource, node: str) -> Host | None:
 
 def for_node(configuration: Configuration, node: str) -> dict[str, ResourceConfig]:
     """The resources that *node* takes part in, in file order; ConfigError when one is no pair for it."""
-    found = {}
+    found: dict[str, ResourceConfig] = {}
+    users: dict[Endpoint, str] = {}
     for name, resource in configuration.resources.items():
         me = my_host(resource, node)
-        if me is not None:
-            found[name] = _resource(configuration, resource, me, node if node in me.names else me.name)
+        if me is None:
+            continue
+        config = _resource(configuration, resource, me, node if node in me.names else me.name)
+        first = users.setdefault(config.address, name)
+        if first != name:
+            raise resource.place.error(f"conflicting use of IP '{config.address}' in resource {name} ... first "
+                                       f"used in resource {first}.")  # fmt: skip
+        found[name] = config
     return found
 
 
@@ -239,10 +246,10 @@ def net_options(configuration: Configuration, resource: Resource, link: Link) ->
 
 def _net(configuration: Configuration, resource: Resource, link: Link, me: Host) -> NetOptions:
     options = net_options(configuration, resource, link)
-    return _filled(NetOptions, "net", [_nominated(option, me) for option in options])
+    return _filled(NetOptions, "net", [nominated(option, me) for option in options])
 
 
-def _nominated(option: Option, me: Host) -> Option:
+def nominated(option: Option, me: Host) -> Option:
     """``discard-node-NAME`` as this node sees it."""
     if option.name != "after-sb-0pri" or not (option.value or "").startswith(NOMINATION):
         return option

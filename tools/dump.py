@@ -199,23 +199,33 @@ class _Reader:
     def fail(self, expected: str) -> MetadataError:
         """What to raise: where, what was expected, and what is there instead."""
         text = f"Parse error in line {self.line}: {expected} expected"
-        short = self.value[:20]
+        note = self._not_a_token()
         if self.kind == "end":
             text += ", but end of file encountered"
         elif self.kind == "other":
             text += f"; got invalid input character '\\x{ord(self.value) & 0xFF:02x}' [{self.value}]"
-        elif self.kind == "word" and self.value not in _KEYWORDS:
-            text = f"line {self.line}: unknown token: {short} ...\n{text}"
-        elif self.kind == "string" and len(self.value) > 22:
-            text = f"line {self.line}: invalid string: {self.value[:21]} ...\n{text}"
-        elif self.kind == "hex" and len(self.value) not in (10, 18):
-            note = "invalid hex number (only 8 or 16 hex digits accepted)"
-            text = f"line {self.line}: {note}: {short} ...\n{text}"
+        elif note:
+            text = f"line {self.line}: {note} ...\n{text}"
         elif self.kind == "number":
             text += ", not some number"
         else:
-            text += f", not '{short}'"
+            text += f", not '{self.value}'"
         return MetadataError(text, exit_code=10)
+
+    def _not_a_token(self) -> str:
+        """Why the present token is none in this grammar; empty if it is one."""
+        if self.kind == "string" and not self._is_short_string():
+            return f"invalid string: {self.value[:21]}"
+        if self.kind == "hex" and len(self.value) not in (10, 18):
+            return f"invalid hex number (only 8 or 16 hex digits accepted): {self.value[:40]}"
+        if (self.kind == "word" and self.value not in _KEYWORDS) or (
+            self.kind == "number" and len(self.value) > 19
+        ):
+            return f"unknown token: {self.value[:40]}"
+        return ""
+
+    def _is_short_string(self) -> bool:
+        return 2 <= len(self.value) <= 22 and self.value.endswith('"')
 
     def word(self, keyword: str) -> None:
         if self.kind != "word" or self.value != keyword:

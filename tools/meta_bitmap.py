@@ -53,8 +53,10 @@ def apply_al(target: Target, console: Console) -> int:
             console.warn("Error ignored, no need to apply the AL")
         elif found.corrupt:
             console.warn(f"{found.corrupt} corrupt AL transactions found")
-        if applied.marked:
+        if found.hot and superblock.flags & MdFlag.PRIMARY_IND:
             console.warn(f"Marked additional {size_text(applied.marked * 4)} as out-of-sync based on AL.")
+        elif found.updates and superblock.flags & MdFlag.PRIMARY_IND:
+            console.warn("Nothing to do.")
         disk.remember(applied.superblock)
         return 0
 

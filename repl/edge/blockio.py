@@ -21,6 +21,7 @@ import numpy
 from tandem.repl.requests import Buffer
 
 IOV_MAX: Final = 1024  # buffers in one call, <limits.h> of Linux
+LONG: Final = 64 << 10  # from here on numpy's untouched memory is cheaper than Python's zeroed memory
 ZERO_PIECE: Final = 1 << 20  # bytes written at a time where zeroes have to be written one by one
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -34,14 +35,16 @@ _zeroes = bytes(ZERO_PIECE)
 
 
 def room(length: int) -> memoryview:
-    """A writable buffer of *length* bytes that nobody has spent time on filling with zeroes."""
-    return numpy.empty(length, numpy.uint8).data
+    """A writable buffer of *length* bytes; nobody spends time on filling a long one with zeroes."""
+    return memoryview(bytearray(length)) if length < LONG else numpy.empty(length, numpy.uint8).data
 
 
 class Device:
     """What `disk` knows about one open descriptor. The descriptor stays its owner's."""
 
-    __slots__ = ("_dsync", "_punch", "_zero_range", "block", "fd", "hold_s", "inline_again", "nowait")
+    __slots__ = (
+        "_dsync", "_punch", "_zero_range", "block", "fd", "hold_s", "inline_again", "nowait", "watched_until",
+    )  # fmt: skip
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -49,6 +52,7 @@ class Device:
         self.nowait = True  # RWF_NOWAIT is worth trying for reads
         self.inline_again = 0.0  # when blocking calls may be made on the loop again
         self.hold_s = 0.0  # how long they were kept away last time
+        self.watched_until = 0.0  # one of them took long, and it is being found out why
         self._dsync = True
         self._punch = True
         self._zero_range = True

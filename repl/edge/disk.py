@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import time
 from collections.abc import Callable
 from typing import Final
 
-from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, DiskOp, Op
+from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
 
 from .blockio import CANNOT, IOV_MAX, Device, room, unwritten
 from .workers import Completions, Workers
@@ -23,6 +24,7 @@ from .workers import Completions, Workers
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
 INLINE_BYTES_MAX: Final = 4 << 20  # per batch; at memory speed under a millisecond, the rest goes to workers
 SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
+WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
 HOLD_MIN_S: Final = 1.0  # how long the device's calls then stay away from the loop …
 HOLD_MAX_S: Final = 8.0  # … and at most, when it is slow again right after coming back
 N_DATA_THREADS: Final = 8  # the queue depth a slow device sees
@@ -113,54 +115,67 @@ class Disk:
         """Start every operation; returns those that are complete already, in no particular order."""
         done: list[DiskOp] = []
         durable: dict[int, list[list[DiskOp]]] = {}
+        waiting: dict[int, list[list[DiskOp]]] = {}  # runs for the data workers, by volume
         budget = INLINE_BYTES_MAX
         at, n = 0, len(ops)
+        now = time.monotonic()
         while at < n:
             first = ops[at]
-            run = [first]
-            at += 1
-            kind, end, total = first.op, first.offset + first.length, first.length
+            kind, offset, flags = first.op, first.offset, first.flags
             volume = self._volumes[first.volume]
-            if kind > WRITE or first.flags & PREFLUSH:
+            if kind > WRITE or flags & PREFLUSH:
                 self._single(volume, first)
+                at += 1
                 continue
+            begin, total = at, first.length
+            at += 1
             while at < n:
                 op = ops[at]
                 if (
-                    op.offset != end or op.op != kind or op.volume != first.volume or op.flags != first.flags
-                    or op.area != first.area or total + op.length > RUN_BYTES_MAX or len(run) == IOV_MAX
+                    op.offset != offset + total or op.op != kind or op.volume != first.volume
+                    or op.flags != flags or op.area != first.area or total + op.length > RUN_BYTES_MAX
+                    or at - begin == IOV_MAX
                 ):  # fmt: skip
                     break
-                run.append(op)
-                end += op.length
                 total += op.length
                 at += 1
-            if first.flags & DURABLE:
+            run = ops[begin:at]
+            if flags & DURABLE:
                 durable.setdefault(first.volume << 1 | first.area, []).append(run)
-            elif first.area == META:
-                self._hand_over(volume, self._sync_workers, volume.meta, run)
-            elif budget < total or volume.data.inline_again > time.monotonic():
-                self._hand_over(volume, self._data_workers, volume.data, run)
+                continue
+            if first.area == META:
+                self._hand_over(volume, self._sync_workers, volume.meta, [run])
+                continue
+            device = volume.data
+            if budget < total or device.inline_again > now:
+                waiting.setdefault(first.volume, []).append(run)
+                continue
+            budget -= total
+            complete, now = _inline(device, run, total, now)
+            if complete:
+                done += run
             else:
-                budget -= total
-                device = volume.data
-                if (_read_inline if kind == READ else _write_inline)(device, run, total):
-                    done += run
-                else:
-                    self._hand_over(volume, self._data_workers, device, run)
+                waiting.setdefault(first.volume, []).append(run)
+        for number, runs in waiting.items():
+            # A job per run would cost more than most runs do; a job per thread keeps the device as busy.
+            volume, n_jobs = self._volumes[number], min(len(runs), N_DATA_THREADS)
+            for i in range(n_jobs):
+                self._hand_over(volume, self._data_workers, volume.data, runs[i::n_jobs])
         for key, runs in durable.items():
             volume = self._volumes[key >> 1]
             self._start_durable(volume, volume.meta if key & 1 else volume.data, runs)
         return done
 
     def _hand_over(
-        self, volume: OpenVolume, workers: Workers[Ended], device: Device, run: list[DiskOp]
+        self, volume: OpenVolume, workers: Workers[Ended], device: Device, runs: list[list[DiskOp]]
     ) -> None:
-        self._count(volume, run)
+        ops = [op for run in runs for op in run]
+        self._count(volume, ops)
 
         def job() -> Ended:
-            _transfer(device, run)
-            return volume, run
+            for run in runs:
+                _transfer(device, run)
+            return volume, ops
 
         workers.start(job)
 
@@ -215,31 +230,49 @@ class Disk:
 # ------------------------------------------------------------------------------------ on the loop
 
 
+def _inline(device: Device, run: list[DiskOp], total: int, started: float) -> tuple[bool, float]:
+    """Do the run on the loop, if that is possible without harm; whether it is complete, and the time then.
+
+    A call that took long may have waited for the device, or the scheduler may have taken the processor
+    away. The kernel counts the two apart, but asking costs, so it is asked only after the first such call.
+    """
+    n_waits = _n_waits() if started < device.watched_until else -1
+    reading = run[0].op == READ
+    complete = (_read_inline if reading else _write_inline)(device, run, total)
+    now = time.monotonic()
+    if now - started > SLOW_S and not (reading and device.nowait):
+        if n_waits < 0:
+            device.watched_until = now + WATCH_S
+        elif _n_waits() > n_waits:
+            _keep_away(device, started, now)
+    return complete, now
+
+
 def _write_inline(device: Device, run: list[DiskOp], total: int) -> bool:
     """Write the run on the loop; False when that failed: a worker finds out which operation is to blame."""
-    buffers = [op.payload for op in run if op.payload is not None]
-    started = time.monotonic()
+    op = run[0]
+    assert op.payload is not None, f"{op!r} has no payload"
     try:
-        n = os.pwritev(device.fd, buffers, run[0].offset)
+        if len(run) == 1:
+            n = os.pwrite(device.fd, op.payload, op.offset)
+        else:
+            n = os.pwritev(device.fd, _payloads(run), op.offset)
         if n < total:
-            device.write(unwritten(buffers, n), run[0].offset + n)
+            device.write(unwritten(_payloads(run), n), op.offset + n)
     except OSError:
         return False
-    _judge(device, started)
     return True
 
 
 def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
     """Read the run on the loop as far as that needs no waiting; False: a worker must do it."""
     buffer = room(total)
-    started = time.monotonic()
     try:
         if device.nowait:
-            if os.preadv(device.fd, [buffer], run[0].offset, os.RWF_NOWAIT) < total:
+            if os.preadv(device.fd, (buffer,), run[0].offset, os.RWF_NOWAIT) < total:
                 return False  # only a part of it is in the page cache
         else:
             device.read_into(buffer, run[0].offset)
-            _judge(device, started)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -251,17 +284,20 @@ def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
     return True
 
 
-def _judge(device: Device, started: float) -> None:
-    """Keep the device's blocking calls away from the loop for a while if this one took too long.
+def _keep_away(device: Device, started: float, now: float) -> None:
+    """The device made the loop wait: its calls stay off the loop for a while.
 
-    A call is slow when the kernel throttles writers of dirty pages, or when the device is slow itself.
+    That is so when the kernel throttles writers of dirty pages, or when the device is slow itself.
     """
-    now = time.monotonic()
-    if now - started > SLOW_S:
-        came_back = device.inline_again
-        just_came_back = started - came_back < HOLD_MIN_S
-        device.hold_s = min(device.hold_s * 2, HOLD_MAX_S) if just_came_back else HOLD_MIN_S
-        device.inline_again = now + device.hold_s
+    just_came_back = started - device.inline_again < HOLD_MIN_S
+    device.hold_s = min(device.hold_s * 2, HOLD_MAX_S) if just_came_back else HOLD_MIN_S
+    device.inline_again = now + device.hold_s
+    device.watched_until = device.inline_again + WATCH_S
+
+
+def _n_waits() -> int:
+    """How often this thread has given up the processor by itself, which is what waiting for a device is."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 # ------------------------------------------------------------------------------------- in workers
@@ -275,8 +311,7 @@ def _transfer(device: Device, run: list[DiskOp], *, durable: bool = False) -> No
             device.read_into(buffer, run[0].offset)
             _deal_out(run, buffer)
         else:
-            buffers = [op.payload for op in run if op.payload is not None]
-            device.write(buffers, run[0].offset, durable=durable)
+            device.write(_payloads(run), run[0].offset, durable=durable)
     except OSError as error:
         if len(run) == 1:
             _fail(run, error)
@@ -311,6 +346,12 @@ def _blame(ops: list[DiskOp], call: Callable[[], None]) -> None:
 def _fail(ops: list[DiskOp], error: OSError) -> None:
     for op in ops:
         op.error = op.error or error.errno or errno.EIO
+
+
+def _payloads(run: list[DiskOp]) -> list[Buffer]:
+    found = [op.payload for op in run if op.payload is not None]
+    assert len(found) == len(run), f"{run!r}: a write has no payload"
+    return found
 
 
 def _deal_out(run: list[DiskOp], buffer: memoryview) -> None:

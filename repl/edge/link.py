@@ -83,7 +83,7 @@ class Link:
 
     def connect(self, ticket: int, config: ResourceConfig) -> None:
         """Look for the peer until LinkUp or LinkFailed, or until `close`."""
-        assert self._attempt is None, "there is an attempt already"
+        assert self._attempt is None and self._pair is None, "there is an attempt or a link already"
         attempt = Attempt(self._loop, self._entropy, config, self._say)
         task = self._loop.create_task(self._connect(ticket, attempt))
         task.add_done_callback(self._ended)

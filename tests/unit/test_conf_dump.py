@@ -186,7 +186,7 @@ def test_printing_twice_changes_nothing(tmp_path: Path) -> None:
 def test_ignored_and_stacked_are_named(tmp_path: Path) -> None:
     text = dump(loaded(tmp_path, RICH), "b2")
     for line in (
-        "# resource r 1 on b2: not ignored, not stacked",
+        '# resource "r 1" on b2: not ignored, not stacked',
         "# resource s on b2: not ignored, stacked",
         "    on b1 b2 {",
         "    floating ipv4 192.0.2.1:6 {",

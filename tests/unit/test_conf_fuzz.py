@@ -18,8 +18,8 @@ NODES = ("a", "alpha", "b", "c", "")
 
 HEADS = (
     """
-resource r0|resource|common|global|skip|on a|on b|on a b|floating 10.0.0.1:7000|floating ipv6 [fd00::1]:7|
-stacked-on-top-of r0|net|disk|options|startup|handlers|syncer|proxy|proxy on a|plugin|volume 0|volume 1|volume|
+resource r0|resource|common|global|skip|on a|on b|on a b|floating 10.0.0.1:7|floating ipv6 [fd00::1]:7|
+stacked-on-top-of r0|net|disk|options|startup|handlers|syncer|proxy|proxy on a|plugin|volume 0|volume|
 connection|connection x|connection-mesh|path|host a via proxy on c|_this_host|_remote_host|"net"|x y z
 """.replace("\n", "")
     .strip("|")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -109,14 +110,19 @@ def test_writes_and_cached_reads_complete_inline(path: Path) -> None:
 
 def test_adjacent_operations_become_one_call(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
-    real = os.pwritev
+    real, real_one = os.pwritev, os.pwrite
 
     def spy(fd: int, buffers: list[bytes], offset: int, flags: int = 0) -> int:
         calls.append((offset, len(buffers)))
         return real(fd, buffers, offset, flags)
 
+    def spy_one(fd: int, buffer: bytes, offset: int) -> int:
+        calls.append((offset, 1))
+        return real_one(fd, buffer, offset)
+
     async def test(bench: Bench) -> None:
         monkeypatch.setattr(os, "pwritev", spy)
+        monkeypatch.setattr(os, "pwrite", spy_one)
         first = [write(i * 4096, bytes([i]) * 4096) for i in range(3)]
         apart = [write(40960, b"x" * 512), write(40960 + 1024, b"y" * 512)]
         await bench.all_of(first + apart)
@@ -211,6 +217,7 @@ def test_an_oserror_becomes_the_errno_of_every_operation_of_the_run(
 
     async def test(bench: Bench) -> None:
         monkeypatch.setattr(os, "pwritev", no_space)
+        monkeypatch.setattr(os, "pwrite", no_space)
         ops = [write(0, b"a" * 512), write(512, b"a" * 512), write(4096, b"a" * 512, FUA)]
         await bench.all_of(ops)
         assert [op.error for op in ops] == [errno.ENOSPC] * 3
@@ -224,19 +231,25 @@ def test_short_transfers_are_finished(path: Path, monkeypatch: pytest.MonkeyPatc
     def little(fd: int, buffers: list[bytes], offset: int, flags: int = 0) -> int:
         return real_write(fd, [memoryview(b"".join(map(bytes, buffers)))[:1000]], offset, flags)
 
+    def little_one(fd: int, buffer: bytes, offset: int) -> int:
+        return real_write(fd, [buffer[:1000]], offset)
+
     def bit(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         return real_read(fd, [buffers[0][:700]], offset, flags)
 
     async def test(bench: Bench) -> None:
         data = os.urandom(8192)
         monkeypatch.setattr(os, "pwritev", little)
+        monkeypatch.setattr(os, "pwrite", little_one)
         monkeypatch.setattr(os, "preadv", bit)
-        ops = [write(0, data[:4096]), write(4096, data[4096:]), write(65536, data[:4096], FUA)]
+        ops = [write(0, data[:4096]), write(4096, data[4096:]), write(20480, b"1" * 4096)]
+        ops.append(write(65536, data[:4096], FUA))
         await bench.all_of(ops)
         reads = [read(0, 8192)]
         await bench.all_of(reads)
         assert bytes(reads[0].payload or b"") == data
         assert bench.content(65536, 4096) == data[:4096]
+        assert bench.content(20480, 4096) == b"1" * 4096
 
     on_loop(test, path)
 
@@ -272,25 +285,61 @@ def test_reads_without_rwf_nowait_are_timed_on_the_loop(path: Path, monkeypatch:
         monkeypatch.setattr(disk_module, "SLOW_S", 60.0)
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert not bench.device.nowait
-        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # from now on everything is slow
+        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # from now on everything is slow …
+        waits = iter(range(100))
+        monkeypatch.setattr(disk_module, "_n_waits", lambda: next(waits))  # … because it waits
+        assert len(await bench.all_of([read(0, 4096)])) == 1
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert len(await bench.all_of([read(0, 4096)])) == 0
 
     on_loop(test, path)
 
 
-def test_a_slow_write_leaves_the_device_to_workers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_that_wait_for_the_device_leave_it_to_workers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def throttled(fd: int, buffer: bytes, offset: int) -> int:
+        time.sleep(0.001)  # as the kernel makes writers of dirty pages sleep
+        return real(fd, buffer, offset)
+
     async def test(bench: Bench) -> None:
-        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)
-        assert len(await bench.all_of([write(0, b"s" * 512)])) == 1
+        monkeypatch.setattr(disk_module, "SLOW_S", 0.0005)
+        monkeypatch.setattr(os, "pwrite", throttled)
+        for _ in range(2):  # the first only makes it look closer
+            assert bench.device.hold_s == 0.0
+            assert len(await bench.all_of([write(0, b"s" * 512)])) == 1
         assert bench.device.hold_s == disk_module.HOLD_MIN_S
         assert len(await bench.all_of([write(512, b"t" * 512)])) == 0
         assert bench.content(0, 1024) == b"s" * 512 + b"t" * 512
         # Slow again right after coming back: kept away for twice as long.
-        bench.device.inline_again = 0.0
-        monkeypatch.setattr(disk_module.time, "monotonic", lambda: 0.5)
+        bench.device.inline_again = time.monotonic()
         assert len(await bench.all_of([write(0, b"s" * 512)])) == 1
         assert bench.device.hold_s == 2 * disk_module.HOLD_MIN_S
+
+    on_loop(test, path)
+
+
+def test_a_busy_processor_does_not_pass_for_a_slow_device(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(bench: Bench) -> None:
+        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # every call takes long …
+        monkeypatch.setattr(disk_module, "_n_waits", lambda: 7)  # … but none of them has waited
+        for _ in range(4):
+            assert len(await bench.all_of([write(0, b"s" * 512)])) == 1
+        assert bench.device.inline_again == 0.0
+
+    on_loop(test, path)
+
+
+def test_cached_reads_that_cannot_wait_are_never_slow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(bench: Bench) -> None:
+        os.pwrite(bench.fd, b"c" * 65536, 0)
+        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)
+        for _ in range(4):
+            assert len(await bench.all_of([read(0, 4096)])) == 1
 
     on_loop(test, path)
 

@@ -95,15 +95,16 @@ def test_external_usable_size_is_limited_by_the_bitmap() -> None:
         ("flexible", 4096, 0, 1, 8, "sdx is only 4096 bytes. That's not enough."),
         (
             "indexed", MIB, 1, 1, 8,
-            "Device too small: expecting meta data block at\nbyte offset 134217728, but sdx is only 1048576 bytes.",
+            "Device too small: expecting meta data block at\n"
+            "byte offset 134217728, but sdx is only 1048576 bytes.",
         ),
         ("internal", GIB, 0, 1, 4, "invalid (too small) al-stripe* settings"),
         ("internal", GIB, 0, 0, 8, "invalid (too small) al-stripe* settings"),
         ("internal", GIB, 0, 2000, 8, "invalid (too large) al-stripe* settings"),
         (
             "internal", MIB, 0, 100, 8,
-            "sdx is only 1048576 bytes: no room is left beside 6416 sectors of metadata with an activity log of"
-            " 3200 KiB. Use a larger device or a smaller activity log.",
+            "sdx is only 1048576 bytes: no room is left beside 6416 sectors of metadata"
+            " with an activity log of 3200 KiB. Use a larger device or a smaller activity log.",
         ),
     ],
 )  # fmt: skip
@@ -119,16 +120,18 @@ def test_devices_that_are_too_small(
 def created() -> bytes:
     """The superblock drbdmeta creates on 1 MiB (internal)."""
     return bytes.fromhex(
-        "0000000000000000 0000000000000004 0000000000000000 0000000000000000 0000000000000000 0000000000000000"
-        "0000000000000000 00000080 8374026b 00000050 ffffffc0 00000101 ffffffb8 00001000 00000000 00000001 00000008"
+        "0000000000000000 0000000000000004 0000000000000000 0000000000000000"
+        "0000000000000000 0000000000000000 0000000000000000 00000080 8374026b 00000050 ffffffc0"
+        "00000101 ffffffb8 00001000 00000000 00000001 00000008"
     ) + bytes(4000)  # fmt: skip
 
 
 def used() -> bytes:
     """A superblock as left by the 8.4.11 kernel on 256 MiB: Primary, its peer gone."""
     return bytes.fromhex(
-        "000000000007ffa8 04cb0077531e9ce3 aeb2545196308cfd 0abd990a8337915e 0000000000000004 6037782bde472da4"
-        "0000000000000000 00000013 8374026c 00000058 ffffffc0 000004d5 ffffffb0 00001000 00100000 00000001 00000008"
+        "000000000007ffa8 04cb0077531e9ce3 aeb2545196308cfd 0abd990a8337915e"
+        "0000000000000004 6037782bde472da4 0000000000000000 00000013 8374026c 00000058 ffffffc0"
+        "000004d5 ffffffb0 00001000 00100000 00000001 00000008"
     ) + bytes(4000)  # fmt: skip
 
 
@@ -142,8 +145,8 @@ def test_fresh_superblock_is_what_create_md_writes() -> None:
 def test_superblock_of_a_running_kernel() -> None:
     block = Superblock.unpack(used())
     assert block == Superblock(
-        la_size_sect=524200, current=0x04CB0077531E9CE3, bitmap=0xAEB2545196308CFD, history0=0x0ABD990A8337915E,
-        history1=4, device_uuid=0x6037782BDE472DA4, magic=MAGIC_UNCLEAN,
+        la_size_sect=524200, current=0x04CB0077531E9CE3, bitmap=0xAEB2545196308CFD,
+        history0=0x0ABD990A8337915E, history1=4, device_uuid=0x6037782BDE472DA4, magic=MAGIC_UNCLEAN,
         flags=MdFlag.CONSISTENT | MdFlag.PRIMARY_IND | MdFlag.WAS_UP_TO_DATE, md_size_sect=88, al_offset=-64,
         al_nr_extents=1237, bm_offset=-80, la_peer_max_bio_size=1 << 20,
     )  # fmt: skip

@@ -83,6 +83,8 @@ class Rig:
     def ask_status(self, query: StatusQuery) -> None:
         self.queries.append(query)
 
+    congested = False
+
     def settled(self) -> None:
         self.n_settled += 1
 
