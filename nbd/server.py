@@ -29,6 +29,7 @@ from .transmission import StatusQuery, Transmission
 __all__ = ["Server", "ServerError", "Session"]
 
 NEGOTIATION_S: Final = 30.0  # a client has this long to choose its export
+LINGER_S: Final = 60.0  # a client that has said goodbye has this long to take its last answers
 DRAIN_S: Final = 10.0  # requests in flight get this long at the end of a session we end
 SESSIONS_MAX: Final = 1024  # connections at a time; more wait in the listen queue
 CHUNK_MAX: Final = 256 << 10  # a batch of 64 writes of 4 KiB; bounds the requests of one receive, too
@@ -263,6 +264,7 @@ class Session:
         self._queries.append(query)
         if self._status_task is None:
             self._status_task = self._loop.create_task(self._answer_queries())
+            self._status_task.add_done_callback(self._status_ended)
 
     async def _answer_queries(self) -> None:
         """Answer one BLOCK_STATUS after the other; only they need a task, because they wait for a disk."""
@@ -279,6 +281,12 @@ class Session:
                 self._status_task = None
             transmission.status_known(query, extents)
 
+    def _status_ended(self, task: asyncio.Task[None]) -> None:
+        """Show a mistake of ours where the mistakes of other callbacks are shown: nobody awaits the task."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            context = {"message": "block status failed", "exception": error, "task": task}
+            self._loop.call_exception_handler(context)
+
     # ------------------------------------------------------------------------------------ the state
 
     def _review(self) -> None:
@@ -290,8 +298,12 @@ class Session:
             self._release()
         elif self._ending or (transmission is not None and transmission.closing):
             self._read(False)
-            if (transmission is None or not transmission.n_open) and not self._sender.backlog:
-                self.abort(self._ending or "it disconnected")
+            if transmission is None or not transmission.n_open:
+                self._ending = self._ending or "it disconnected"
+                if not self._sender.backlog:
+                    self.abort(self._ending)
+                elif self._timer.cancelled():  # there is none since the negotiation
+                    self._timer = self._loop.call_later(LINGER_S, self.abort, self._ending)
         else:
             volume = self.volume
             paused = volume is not None and volume.paused

@@ -114,7 +114,8 @@ def _tell_peer(e: Engine, vol: Volume, old: State, new: State) -> None:
     """P_SIZES, P_UUIDS and P_STATE as the tables of the protocol demand."""
     peer = e.peer
     attached_now = old.disk == D.ATTACHING and new.disk == D.NEGOTIATING
-    peer_attached = old.pdsk == D.DISKLESS and new.pdsk not in (D.DISKLESS, D.D_UNKNOWN)
+    without = (D.DISKLESS, D.ATTACHING)  # a peer that was attaching during the handshake has told us so
+    peer_attached = old.pdsk in without and new.pdsk not in (*without, D.D_UNKNOWN)
     if attached_now:
         peer.send_sizes(vol, 0)
         peer.send_uuids(vol)

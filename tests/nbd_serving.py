@@ -42,8 +42,8 @@ class Serving:
         self.log: list[str] = []
         self.sessions_max = sessions_max
         self.negotiation_s = negotiation_s
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
 
     def __enter__(self) -> Serving:
         self._thread.start()
@@ -57,9 +57,9 @@ class Serving:
         for volume in self.volumes:
             self.call(volume.release)
         assert self.wait(self.server.stop()), "requests were lost"
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(PATIENCE_S)
-        self._loop.close()
+        self.loop.close()
         if kind is None:
             assert [(v.n_open, v.n_inside) for v in self.volumes] == [(0, 0)] * len(self.volumes)
 
@@ -70,7 +70,7 @@ class Serving:
         )
 
     def wait(self, work: Coroutine[None, None, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
     def call(self, function: Callable[[], T]) -> T:
         """Run *function* in the server's thread."""

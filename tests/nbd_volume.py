@@ -33,6 +33,7 @@ class RamVolume:
         self.refusal: str | None = None
         self.errors: dict[Op, int] = {}
         self.allocation_error = 0
+        self.broken = False  # allocation has a bug
         self.n_open = 0
         self.n_open_writable = 0
         self.n_inside = 0  # requests in the machine
@@ -149,6 +150,7 @@ class RamVolume:
 
     async def allocation(self, offset: int, length: int, max_extents: int) -> list[tuple[int, int]]:
         await asyncio.sleep(0)
+        assert not self.broken
         if self.allocation_error:
             raise OSError(self.allocation_error, "allocation")
         extents: list[tuple[int, int]] = []

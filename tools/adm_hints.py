@@ -1,7 +1,7 @@
 """What to do next, for each refusal: DRBD's number → one sentence of ours.
 
 The machine may give its own hint with a `Refusal`; this table speaks when it does not. ``{res}`` is the
-resource, ``{vol}`` the resource or ``resource/volume``, ``{minor}`` the minor number.
+resource, ``{vol}`` the resource or ``resource/volume``.
 """
 
 from __future__ import annotations
@@ -65,9 +65,23 @@ HINTS: Final[dict[int, str]] = {
 }
 
 
-def hint(refusal: Refusal, resource: str, volume: int | None) -> str:
-    """The sentence to print after *refusal*; empty when there is nothing to say."""
-    if refusal.hint:
-        return refusal.hint
+# The same refusal may need other advice after another command.
+COMMAND_HINTS: Final[dict[tuple[str, int], str]] = {
+    ("detach", -2): "This node is Primary and needs the disk, because the peer cannot give it the data. "
+    "Demote it first (tandemadm secondary {res}), or connect it to an UpToDate peer.",
+    ("outdate", -2): "A Primary cannot be outdated. Demote it first: tandemadm secondary {res}",
+    ("invalidate", -2): "The peer has no UpToDate data to copy from. Look at both disks: tandemadm status {res}",
+    ("invalidate-remote", -2): "This node has no UpToDate data to copy to the peer. Look at both disks: "
+    "tandemadm status {res}",
+}
+
+
+def hint(refusal: Refusal, resource: str, volume: int | None, command: str = "") -> str:
+    """The sentence to print after *refusal* of *command*; empty when there is nothing to say.
+
+    What is known about the command goes first, then what the machine says, then what is always true.
+    """
     name = resource if volume is None else f"{resource}/{volume}"
-    return HINTS.get(refusal.code, "").format(res=resource, vol=name, minor=name)
+    general = HINTS.get(refusal.code, "")
+    chosen = COMMAND_HINTS.get((command, refusal.code), "") or refusal.hint or general
+    return chosen.replace("{res}", resource).replace("{vol}", name)

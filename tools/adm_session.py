@@ -207,16 +207,16 @@ class Session:
             refusal = client.command(name, target.volume, args, tick=tick)
         if refusal is None:
             return 0
-        return self.refused(refusal, target, obj)
+        return self.refused(refusal, target, obj, name)
 
     @staticmethod
-    def refused(refusal: Refusal, target: Target, obj: str = "") -> int:
+    def refused(refusal: Refusal, target: Target, obj: str = "", command: str = "") -> int:
         """Report *refusal* as drbdsetup does, then say what to do next; the exit code."""
         kind = "Failure" if refusal.code > 0 else "State change failed"
         lines = [f"{obj or target}: {kind}: ({refusal.code}) {refusal.text}"]
         if refusal.info:
             lines += ["additional info from kernel:", *refusal.info]
-        advice = hint(refusal, target.resource, target.volume)
+        advice = hint(refusal, target.resource, target.volume, command)
         complain("\n".join([*lines, advice] if advice else lines))
         return refusal.exit_code
 

@@ -3,15 +3,16 @@
     configuration = load("/etc/tandem.conf")       # ConfigError: FILE:LINE: what was expected
     resources = configuration.for_node(default_node())
 
-Reading order of the parts: `conf_syntax` (text to statements), `conf_read` (statements to sections),
-`conf_model` (the sections), `conf_options` (what each option takes), `conf_inherit` (who inherits what),
-`conf_check` (what does not fit together), `conf_resolve` (what one node runs), `conf_dump` (printing).
+Reading order of the parts: `conf_syntax` (text to statements), `conf_read` with `conf_words` and `conf_nbd`
+(statements to sections), `conf_model` (the sections), `conf_options` (what each option takes),
+`conf_inherit` (who inherits what), `conf_check` (what does not fit together), `conf_resolve` (what one node
+runs), `conf_dump` (printing).
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.repl.config import ResourceConfig
 
@@ -90,9 +91,7 @@ def load(path: str) -> Configuration:
         global_section=reader.globals,
         given_minors=_given_minors(reader.resources),
     )
-    warnings = reader.warnings + conf_check.check_all(configuration)
-    object.__setattr__(configuration, "warnings", tuple(warnings))
-    return configuration
+    return replace(configuration, warnings=(*reader.warnings, *conf_check.check_all(configuration)))
 
 
 def _global_options(section: Section) -> GlobalOptions:

@@ -169,8 +169,8 @@ def _resync_after(configuration: Configuration, resource: Resource) -> list[str]
             option = effective(volume_options(configuration, resource, volume)).get("resync-after")
             name = (option.value or "").partition("/")[0] if option else ""
             if option and name and name not in configuration.resources:
-                warnings[option.place] = (f"{option.place}: resource '{name}' mentioned in 'resync-after' "
-                                          "option is not known: the option is ignored")  # fmt: skip
+                warnings[option.place] = (f"{option.place}: WARN: resource '{name}' mentioned in "
+                                          "'resync-after' option is not known: it is ignored")  # fmt: skip
     return list(warnings.values())
 
 
@@ -178,7 +178,7 @@ def _diskless(resource: Resource) -> list[str]:
     """Of more than two hosts the diskless ones take no part."""
     hosts = [host for host in resource.hosts if host.kind != "stacked"]
     return [
-        f"{host.place}: in resource {resource.name}: host {host.name} has no disk and is ignored: "
+        f"{host.place}: WARN: in resource {resource.name}: host {host.name} has no disk and is ignored: "
         "two hosts replicate"
         for host in hosts if len(hosts) > 2 and is_diskless(resource, host)
     ]  # fmt: skip

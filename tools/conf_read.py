@@ -61,7 +61,7 @@ class Reader:
 
     def warn(self, place: Place, name: str, text: str) -> None:
         """One warning for each *name*, at its first place."""
-        self._warnings.setdefault(name, f"{place}: {text}")
+        self._warnings.setdefault(name, f"{place}: WARN: {text}")
 
     def claim(self, kind: str, key: str, place: Place) -> None:
         """*key* belongs to *place* alone. Refused when it is taken."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import fields
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tandem.repl.config import (
     DiskOptions,
@@ -48,8 +48,6 @@ from .conf_options import (
 
 if TYPE_CHECKING:
     from .conf import Configuration
-
-DIGESTS: Final = ("md5", "sha1", "sha256", "sha512", "crc32c", "crc32")
 
 _Options = TypeVar("_Options", DiskOptions, NetOptions, ResourceOptions, StartupOptions)
 
@@ -95,8 +93,8 @@ def for_node(configuration: Configuration, node: str) -> dict[str, ResourceConfi
         config = _resource(configuration, resource, me, node if node in me.names else me.name)
         first = users.setdefault(config.address, name)
         if first != name:
-            raise resource.place.error(f"conflicting use of IP '{config.address}' in resource {name} ... first "
-                                       f"used in resource {first}.")  # fmt: skip
+            raise resource.place.error(f"conflicting use of IP '{config.address}' in resource {name} ... "
+                                       f"first used in resource {first}.")  # fmt: skip
         found[name] = config
     return found
 

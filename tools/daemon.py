@@ -101,10 +101,16 @@ def log_notify(notify: Notify) -> None:
     log(notify.subject, f"{notify.text} ({notify.why})" if notify.why else notify.text, notify.level)
 
 
-def log_refusal(config: ResourceConfig, refusal: Refusal, volume: int | None) -> None:
+def log_refusal(config: ResourceConfig, refusal: Refusal, volume: int | None, command: str) -> None:
     subject = config.name if volume is None else f"{config.name}/{volume}"
-    advice = hint(refusal, config.name, volume)
-    log(subject, f"({refusal.code}) {refusal.text} {advice}".rstrip(), "error")
+    log(subject, f"{command} refused: {sentence(config, refusal, volume, command)}", "error")
+
+
+def sentence(config: ResourceConfig, refusal: Refusal, volume: int | None, command: str) -> str:
+    """A refusal on one line: number, what is wrong, what to do."""
+    what = f"({refusal.code}) {refusal.text}"
+    stop = "" if what.endswith((".", "?", "!")) else "."
+    return f"{what}{stop} {hint(refusal, config.name, volume, command)}".rstrip()
 
 
 # ---------------------------------------------------------------------------------------- pid file
@@ -195,7 +201,7 @@ class Daemon:
         if name == "connect" and refusal is None:
             refusal = await self._listening()
         if refusal is not None:
-            log_refusal(self.config, refusal, volume)
+            log_refusal(self.config, refusal, volume, name)
         elif name == "down":
             self.ended.set()
         return refusal
@@ -218,7 +224,7 @@ class Daemon:
             return Refusal(162, INVALID, "This daemon serves another resource or node.")
         refusal = check(config) or await self.runtime.reconfigure(config)
         if refusal is not None:
-            log_refusal(self.config, refusal, None)
+            log_refusal(self.config, refusal, None, "adjust")
             return refusal
         self.config = config
         try:
@@ -267,9 +273,7 @@ class Daemon:
         for name, volume in [*steps, ("connect", None)]:
             refusal = await self.command(name, volume, {})
             if refusal is not None:
-                advice = hint(refusal, self.config.name, volume)
-                text = f"{name}: ({refusal.code}) {refusal.text} {advice}".rstrip()
-                raise StartError(text, refusal.exit_code)
+                raise StartError(f"{name}: {sentence(self.config, refusal, volume, name)}", refusal.exit_code)
 
     async def _stop(self) -> None:
         log(self.config.name, "daemon ends")
@@ -279,7 +283,7 @@ class Daemon:
                 async with asyncio.timeout(DOWN_S):
                     refusal = await self.runtime.command("down")
                 if refusal is not None:
-                    log_refusal(self.config, refusal, None)
+                    log_refusal(self.config, refusal, None, "down")
             except TimeoutError:
                 log(self.config.name, f"not down after {DOWN_S:.0f} seconds, ending all the same", "warning")
         await self.runtime.stop()

@@ -368,6 +368,39 @@ def test_a_client_that_sends_everything_and_shuts_its_side_gets_every_answer(ser
         assert sorted(a.cookie for a in answers) == list(range(100))
 
 
+def test_the_end_waits_until_the_last_answers_are_taken(serving: Serving, volume: RamVolume) -> None:
+    with serving.client() as raw:
+        raw.reader.reads = {n: (n * MIB, MIB) for n in range(16)}
+        reads = [request(STRUCTURED, READ, n, n * MIB, MIB) for n in range(16)]
+        raw.sock.sendall(b"".join(reads) + request(STRUCTURED, DISC, 99))
+        while serving.call(lambda: len(volume.seen)) < 5:
+            pass
+        answers = raw.reader.feed(receive_all(raw.sock))
+        assert sorted(a.cookie for a in answers) == list(range(16))
+
+
+def test_a_block_status_that_breaks_is_shown(serving: Serving, volume: RamVolume) -> None:
+    """Our own mistakes are not swallowed by the one task there is."""
+    shown: list[str] = []
+    serving.call(lambda: serving.loop.set_exception_handler(lambda _, about: shown.append(about["message"])))
+    volume.broken = True
+    with Raw(serving.connect(), STRUCTURED, "", option(10, context_data("", "base:allocation"))) as raw:
+        raw.sock.sendall(request(STRUCTURED, STATUS, 1, 0, 4096))
+        while not serving.call(lambda: list(shown)):
+            pass
+        assert shown == ["block status failed"]
+    volume.broken = False
+    serving.call(lambda: volume_forgets(serving))
+
+
+def volume_forgets(serving: Serving) -> None:
+    """Let the session go whose request was lost to the mistake."""
+    for session in list(serving.server.sessions):
+        assert session._transmission is not None
+        session._transmission.n_open = 0
+        session.abort("the test is over")
+
+
 def test_errors_carry_a_sentence(serving: Serving, volume: RamVolume) -> None:
     volume.errors = {Op.FLUSH: errno.EIO}
     with serving.client() as raw:
@@ -604,7 +637,7 @@ def test_disconnect_export_answers_what_was_asked(tmp_path: Path) -> None:
         raw.sock.sendall(request(STRUCTURED, WRITE, 1, 0, payload=bytes(4096)))
         while not serving.call(lambda: mine.n_inside):
             pass
-        ended = asyncio.run_coroutine_threadsafe(serving.server.disconnect_export("r0"), serving._loop)
+        ended = asyncio.run_coroutine_threadsafe(serving.server.disconnect_export("r0"), serving.loop)
         assert serving.call(lambda: serving.server.n_clients("r0")) == 1, "it waits for the volume"
         serving.call(mine.release)
         assert ended.result(PATIENCE_S)

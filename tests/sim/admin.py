@@ -127,7 +127,11 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
             options.append((w, command, (node, "pause-sync", v)))
         if world.mix.verify:
             options.append((w / 3, command, (node, "verify", v)))
-    elif not node.primary and s.disk in (D.CONSISTENT, D.UP_TO_DATE):
+    elif (
+        not node.primary
+        and sv.disk in (D.CONSISTENT, D.UP_TO_DATE)
+        and not world.ledgers[v].copies[peer.index].lacks
+    ):
         options.append((w / 8, command, (node, "outdate", v)))
     if node.primary:
         options.append((w / 5, command, (node, "suspend-io", v)))

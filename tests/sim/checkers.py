@@ -161,7 +161,8 @@ class Checks:
             self.w.mix.protocol == "C"
             and not isinstance(op, Request)
             and op.op == Op.WRITE
-            and node.engine is not None
+            and node.connected
+            and self.w.peer_of(node).connected
         ):
             self._check_not_older(node, op)
 
@@ -412,6 +413,8 @@ class Checks:
             self._sync_began(node, volume)
         if record.conn in SYNCING_TARGET and state.conn is C.CONNECTED and state.disk is D.UP_TO_DATE:
             self._sync_ended(node, volume)
+        if state.connected:
+            node.fenced = node.resumed = False
         record.role, record.conn, record.disk = state.role, state.conn, state.disk
 
     def _promoted(self, node: Node, volume: int) -> None:

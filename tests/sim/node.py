@@ -161,6 +161,7 @@ class Node:
         command = Command(ticket, name, volume, dict(args))
         self.commands[ticket] = command
         self.world.note(self, "command", name, volume, args)
+        self.resumed |= name == "resume-io"
         self.engine.handle(command, self.world.now)
         self.pump()
         return ticket

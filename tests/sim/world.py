@@ -152,7 +152,6 @@ class World:
         assert end is not None and node.engine is not None
         end.started = True
         node.connect = None
-        node.fenced = node.resumed = False
         self.note(node, "link up", end.ticket, end.resolver)
         node.engine.handle(LinkUp(end.ticket, end.resolver), self.now)
         node.pump()
@@ -181,7 +180,6 @@ class World:
         end = node.link
         assert end is not None and node.engine is not None
         end.inbound[socket].at_end = True
-        node.fenced = node.resumed = False
         self.note(node, "link lost", ("data", "meta")[socket])
         node.engine.handle(LinkLost(end.ticket, "connection reset by peer", meta=bool(socket)), self.now)
         node.pump()
@@ -337,8 +335,6 @@ class World:
         if command.name == "secondary" and refusal is not None and node.primary:
             node.closing = False
             node.open_exports()
-        if command.name == "resume-io" and refusal is None:
-            node.resumed = True
         if command.name == "down" and refusal is None:
             self._down.append(node)
 

@@ -375,7 +375,7 @@ def test_an_unknown_resync_after_is_a_warning(tmp_path: Path) -> None:
     configuration = loaded(tmp_path, resource("disk { resync-after nix/1; }"))
     warning = configuration.warnings[-1]
     assert warning.startswith(
-        f"{tmp_path}/t.conf:4: resource 'nix' mentioned in 'resync-after' option is not known"
+        f"{tmp_path}/t.conf:4: WARN: resource 'nix' mentioned in 'resync-after' option is not known"
     )
     assert configuration.for_node("a")["r0"].volumes[0].disk_options.resync_after == ""
 
@@ -401,7 +401,7 @@ def test_an_unknown_resync_after_is_a_warning(tmp_path: Path) -> None:
 def test_what_is_not_implemented_is_accepted_with_one_warning(tmp_path: Path, more: str, named: str) -> None:
     configuration = loaded(tmp_path, resource(more))
     (warning,) = configuration.warnings
-    assert warning.startswith(f"{tmp_path}/t.conf:4: ") and named in warning
+    assert warning.startswith(f"{tmp_path}/t.conf:4: WARN: ") and named in warning
     assert "r0" in configuration.for_node("a")
 
 
@@ -413,7 +413,7 @@ def test_one_warning_however_often(tmp_path: Path) -> None:
         for i in range(3)
     )
     (warning,) = loaded(tmp_path, text).warnings
-    assert warning.startswith(f"{tmp_path}/t.conf:4: ")
+    assert warning.startswith(f"{tmp_path}/t.conf:4: WARN: ")
 
 
 def test_what_needs_no_warning(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_a_late_global_section_and_foreign_devices(tmp_path: Path) -> None:
     configuration = loaded(
         tmp_path, resource(volume="device /dev/drbd_db minor 1; disk /dev/x;") + "global { }"
     )
-    assert [w.partition(": ")[2][:30] for w in configuration.warnings] == [
+    assert [w.partition(": WARN: ")[2][:30] for w in configuration.warnings] == [
         "arbitrary device name /dev/drb", "You should put the global {} s",
     ]  # fmt: skip
 
@@ -517,7 +517,7 @@ def test_two_connections_cannot_listen_on_one_address(tmp_path: Path) -> None:
         connection % 8, name="r1", volume="device minor 1; disk /dev/y;", hosts=hosts
     )
     configuration = loaded(tmp_path, text)
-    with pytest.raises(ConfigError, match=r"t.conf:6: conflicting use of IP 'ipv4:10.0.9.1:7' in resource r1"):
+    with pytest.raises(ConfigError, match=r":6: conflicting use of IP 'ipv4:10.0.9.1:7' in resource r1"):
         configuration.for_node("a")
     assert list(configuration.for_node("b")) == ["r0", "r1"]
 

@@ -1,0 +1,97 @@
+"""The table of a benchmark run: medians, ratios to the reference with their spread, and the bars."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from workloads import MIB, RATE, Measured, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of some values, the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f} – {self.greatest:.2f})"
+
+
+Rounds = Mapping[str, Sequence[Measured]]  # system -> its runs, round by round
+
+
+def ratios(workload: Workload, rounds: Rounds, system: str, reference: str) -> Spread:
+    """The system's figure to the reference's of the same round."""
+    pairs = zip(rounds[system], rounds[reference], strict=True)
+    return Spread.of([own.figure(workload) / other.figure(workload) for own, other in pairs])
+
+
+def cpu_ratios(rounds: Rounds, system: str, reference: str) -> Spread | None:
+    """The system's CPU time per operation to the reference's; None where too little was used to be counted."""
+    pairs = list(zip(rounds[system], rounds[reference], strict=True))
+    if any(not other.cpu_us_per_op for _, other in pairs):
+        return None
+    return Spread.of([own.cpu_us_per_op / other.cpu_us_per_op for own, other in pairs])
+
+
+def figure_text(workload: Workload, runs: Sequence[Measured]) -> str:
+    """The median of a system's runs, as people read it."""
+    value = statistics.median(run.figure(workload) for run in runs)
+    if workload.figure != RATE:
+        return f"{value:,.0f} µs"
+    if workload.block >= MIB:
+        return f"{value * workload.block / 1e6:,.0f} MB/s"
+    return f"{value:,.0f} /s"
+
+
+def show(
+    console: Console, titles: Mapping[str, str], reference: str,
+    results: Sequence[tuple[Workload, Rounds]], notes: Sequence[str],
+) -> None:  # fmt: skip
+    """Print the table; systems without results are left out."""
+    table = Table(title="Ratios are to " + titles[reference], title_justify="left")
+    table.add_column("workload")
+    table.add_column("system")
+    table.add_column("median", justify="right")
+    table.add_column("p99", justify="right")
+    table.add_column("CPU per op", justify="right")
+    table.add_column("ratio (least – greatest)", justify="right")
+    table.add_column("CPU ratio", justify="right")
+    table.add_column("bar", justify="right")
+    for workload, rounds in results:
+        for i, (system, runs) in enumerate(rounds.items()):
+            ratio = cpu = bar = ""
+            if system != reference:
+                found = ratios(workload, rounds, system, reference)
+                ratio = str(found)
+                cpu_found = cpu_ratios(rounds, system, reference)
+                cpu = f"{cpu_found.median:.2f}" if cpu_found else ""
+                bar = _bar(workload, found.median) if system == "tandem" else ""
+            table.add_row(
+                workload.title if i == 0 else "", titles[system], figure_text(workload, runs),
+                f"{statistics.median(r.p99_us for r in runs):,.0f} µs",
+                f"{statistics.median(r.cpu_us_per_op for r in runs):,.1f} µs", ratio, cpu, bar,
+                end_section=i == len(rounds) - 1,
+            )  # fmt: skip
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _bar(workload: Workload, ratio: float) -> str:
+    reached = workload.reached(ratio)
+    if reached is None:
+        return ""
+    sign = "≥" if workload.more_is_better else "≤"
+    colour = "green" if reached else "red"
+    return f"[{colour}]{sign} {workload.bar}[/{colour}]"

@@ -1,0 +1,211 @@
+"""`make bench`: every system in turn, interleaved and repeated, and the ratios between them.
+
+One round runs each workload once on each system, so that what the machine does meanwhile (a noisy
+neighbour, a warm processor) meets all of them alike; the ratio is taken within the round, and its median
+and spread over the rounds are what counts. See README.md for how to read the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import machine
+import report
+from rich.console import Console
+from systems import ALL, System, BenchError, Tandem, other_tree
+from workloads import MIB, WORKLOADS, FioError, Measured, Workload, cpu_seconds, measured, run_fio
+
+REFERENCE = "nbdkit"
+QUICK_SYSTEMS = ("nbdkit", "tandem", "other")
+FILL = Workload("fill", "fill", "write", MIB, 8)
+
+
+def main() -> int:
+    options = _options()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if shutil.which("fio") is None:
+        console.print("fio is not installed; on Debian: apt install fio nbdkit")
+        return 1
+    systems = _chosen(options, console)
+    if REFERENCE not in [system.name for system in systems]:
+        return 1
+    directory = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=options.dir))
+    try:
+        with contextlib.ExitStack() as stack:
+            return _run(options, console, systems, directory, stack)
+    except (BenchError, FioError) as error:
+        console.print(f"The benchmark could not go on: {error}", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure Tandem against others with fio's nbd engine.")
+    parser.add_argument("--quick", action="store_true", help="under three minutes")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured")
+    parser.add_argument("--seconds", type=float, help="how long one measurement takes")
+    parser.add_argument("--size", type=int, metavar="MIB", help="size of the exports")
+    parser.add_argument("--workload", action="append", metavar="NAME", help="only these (may be repeated)")
+    parser.add_argument("--system", action="append", metavar="NAME", help="only these, and the reference")
+    parser.add_argument("--also", metavar="DIR", help="measure the Tandem of another checkout, too")
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where the backing files are made")
+    parser.add_argument("--no-resync", action="store_true", help="leave the resync out")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (3 if options.quick else 5)
+    options.seconds = options.seconds or (2.0 if options.quick else 4.0)
+    options.size = (options.size or (256 if options.quick else 1024)) * MIB
+    names = [w.name for w in WORKLOADS]
+    for name in options.workload or ():
+        if name not in names:
+            parser.error(f"no workload {name}; there are {', '.join(names)}")
+    return options
+
+
+def _chosen(options: argparse.Namespace, console: Console) -> list[type[System]]:
+    """The systems to be measured; says why one is not."""
+    chosen: list[type[System]] = []
+    candidates = [*ALL, other_tree(Path(options.also))] if options.also else list(ALL)
+    for system in candidates:
+        if options.system and system.name not in (*options.system, REFERENCE, "other"):
+            continue
+        if options.quick and not options.system and system.name not in QUICK_SYSTEMS:
+            continue
+        why = system.unavailable()
+        if why:
+            console.print(f"Left out: {system.title}: {why}")
+        else:
+            chosen.append(system)
+    return chosen
+
+
+def _run(
+    options: argparse.Namespace, console: Console, classes: list[type[System]], directory: Path,
+    stack: contextlib.ExitStack,
+) -> int:  # fmt: skip
+    described = machine.describe(directory)
+    systems: list[System] = []
+    for cls in classes:
+        system = cls(directory, options.size)
+        stack.callback(system.stop)
+        system.start()
+        run_fio(FILL, system.uri, options.size, 0.5 + options.size / (500 * MIB), 1)
+        systems.append(system)
+    workloads = [
+        w for w in WORKLOADS
+        if (w.name in options.workload if options.workload else w.quick or not options.quick)
+    ]  # fmt: skip
+    results: dict[str, dict[str, list[Measured]]] = {
+        w.name: {s.name: [] for s in systems} for w in workloads
+    }
+    resyncs: dict[str, list[float]] = {s.name: [] for s in systems if isinstance(s, Tandem)}
+    loads: list[float] = []
+    for number in range(options.rounds):
+        for workload in workloads:
+            # The order changes from round to round, so that nobody always comes after the same neighbour.
+            for system in systems if number % 2 == 0 else reversed(systems):
+                if console.is_terminal:
+                    text = f"round {number + 1} of {options.rounds}: {workload.title}: {system.title}"
+                    console.print(text, end="\x1b[K\r", highlight=False)
+                results[workload.name][system.name].append(_measure(workload, system, options, number))
+        if not options.no_resync:
+            for system in systems:
+                if isinstance(system, Tandem):
+                    resyncs[system.name].append(_resync(system, options))
+        loads.append(machine.load())
+    described["load after"] = machine.load()
+    notes = _resync_notes(resyncs, results)
+    notes += _load_notes(described, loads)
+    titles = {system.name: system.title for system in systems}
+    report.show(console, titles, REFERENCE, [(w, results[w.name]) for w in workloads], notes)
+    if options.json:
+        _write(Path(options.json), options, described, workloads, results, resyncs)
+    return 0
+
+
+def _measure(workload: Workload, system: System, options: argparse.Namespace, number: int) -> Measured:
+    ticks = os.sysconf("SC_CLK_TCK")
+    before = cpu_seconds(system.pids, ticks)
+    fio = run_fio(workload, system.uri, options.size, options.seconds, number + 1)
+    return measured(workload, fio, cpu_seconds(system.pids, ticks) - before)
+
+
+def _resync(system: Tandem, options: argparse.Namespace) -> float:
+    """Bytes per second of copying one dirty region: the first 256 MiB (1 GiB at most)."""
+    size = min(options.size, 1 << 30)
+    seconds = 0.5 + size / (300 * MIB)
+    return system.resync(lambda: run_fio(FILL, system.uri, size, seconds, 1))
+
+
+def _resync_notes(resyncs: dict[str, list[float]], results: dict[str, dict[str, list[Measured]]]) -> list[str]:
+    notes = []
+    for name, rates in resyncs.items():
+        if not rates:
+            continue
+        spread = report.Spread.of(rates)
+        text = (
+            f"Resync of one dirty region ({name}): {spread.median / 1e6:,.0f} MB/s "
+            f"({spread.least / 1e6:,.0f} – {spread.greatest / 1e6:,.0f})"
+        )
+        writes = results.get("write-1m-qd8", {}).get(name)
+        if writes:
+            to_writes = report.Spread.of([r / w.bytes_per_s for r, w in zip(rates, writes, strict=True)])
+            text += f", {to_writes} of its 1 MiB write rate (bar ≥ 0.5)"
+        notes.append(text)
+    return notes
+
+
+def _load_notes(described: dict[str, Any], loads: list[float]) -> list[str]:
+    before = float(described["load before"])
+    notes = [
+        f"{described['processors']} × {described['processor']}, kernel {described['kernel']}, "
+        f"Python {described['python']}, {described['file system']}; load average before {before:.1f}, "
+        f"during {max(loads):.1f}."
+    ]
+    if before > 0.3:
+        notes.append("The machine was not idle: only the ratios mean something, and their spread is wide.")
+    return notes
+
+
+def _write(
+    path: Path, options: argparse.Namespace, described: dict[str, Any], workloads: list[Workload],
+    results: dict[str, dict[str, list[Measured]]], resyncs: dict[str, list[float]],
+) -> None:  # fmt: skip
+    found = {
+        "machine": described,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "size": options.size,
+        "reference": REFERENCE,
+        "workloads": [
+            {
+                **asdict(workload),
+                "systems": {
+                    name: {
+                        "runs": [asdict(run) for run in runs],
+                        "ratio": asdict(report.ratios(workload, results[workload.name], name, REFERENCE)),
+                    }
+                    for name, runs in results[workload.name].items()
+                },
+            }
+            for workload in workloads
+        ],
+        "resync_bytes_per_s": resyncs,
+    }
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
