@@ -59,10 +59,15 @@ class System(ABC):
     # ------------------------------------------------------------------------------ for subclasses
 
     def backing_file(self, name: str) -> Path:
-        """A fully allocated file of the benchmark's size, all of it in the page cache."""
+        """A fully allocated file of the benchmark's size, all of it in the page cache.
+
+        It is filled in small pieces: ext4 (from Linux 6.16 on) caches what was written in large ones in
+        large folios, and then every 4 KiB write walks all buffers of such a folio, which would be most of
+        what is measured.
+        """
         path = self.directory / name
-        piece = bytes(range(256)) * 4096
-        with open(path, "wb") as file:
+        piece = bytes(range(256)) * 16
+        with open(path, "wb", buffering=0) as file:
             for _ in range((self.size + SLACK) // len(piece)):
                 file.write(piece)
         with open(path, "rb", buffering=0) as file:

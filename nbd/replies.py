@@ -111,9 +111,6 @@ class StructuredReplies:
             length = r.length
             n_bytes += length
             if r.error:
-                if at > start:
-                    append(view[start:at])
-                    start = at
                 out += self.error(r.cookie, r.offset, *nbd_error(r.error))
             elif r.op == _READ:
                 pack_data(view, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, r.cookie, 8 + length, r.offset)
@@ -159,9 +156,6 @@ class ExtendedReplies:
             offset, length = r.offset, r.length
             n_bytes += length
             if r.error:
-                if at > start:
-                    out.append(view[start:at])
-                    start = at
                 out += self.error(r.cookie, offset, *nbd_error(r.error))
             elif r.op == _READ:
                 pack_data(view, at, magic, done, _DATA, r.cookie, offset, 8 + length, offset)

@@ -65,12 +65,15 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
     if new.connected and vol.al_suspended:
         vol.al_suspended = False
         vol.refresh()
-    if new.disk == D.UP_TO_DATE and not vol.uuids.bitmap:
+    if new.connected and not old.connected:
+        vol.sync_ending = False  # the handshake has told us how it ended
+    target_may_have_ended = vol.end_unknown and old.connected and not new.connected
+    if new.disk == D.UP_TO_DATE and (not vol.uuids.bitmap or target_may_have_ended):
         peer_writes_here = (
             old.peer != Role.PRIMARY and new.peer == Role.PRIMARY and new.pdsk < D.INCONSISTENT
         )
         primary = Role.PRIMARY in (new.role, new.peer)
-        if (primary and lost_peer_data(old, new)) or peer_writes_here:
+        if (primary and (lost_peer_data(old, new) or target_may_have_ended)) or peer_writes_here:
             if new.suspended:
                 vol.new_current_pending = True
             else:

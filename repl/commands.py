@@ -290,7 +290,7 @@ class Commands:
         vol.discard_my_data = False
         alone = not s.connected or s.pdsk <= DiskState.FAILED
         if vol.attached:
-            if forced or (alone and not vol.uuids.bitmap):
+            if forced or (alone and (not vol.uuids.bitmap or vol.end_unknown)):
                 self.e.new_current(vol)
             vol.uuids = vol.uuids.with_role(True)
             vol.io_holds += 1

@@ -113,6 +113,7 @@ class Disks:
         vol.al = ActivityLog(options.al_extents, disk.layout.al_blocks, disk.layout.al_stripes)
         vol.al_nr_extents = vol.al.slots
         vol.uuids = UuidSet(sb.current, sb.bitmap, sb.history0, sb.history1)
+        vol.sync_ending = bool(sb.flags & MdFlag.SYNC_ENDING)
         vol.device_uuid = sb.device_uuid
         vol.last_flags = sb.flags
         vol.full_sync_flag = bool(sb.flags & MdFlag.FULL_SYNC)

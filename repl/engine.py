@@ -392,7 +392,11 @@ class Engine:
 
     def new_current(self, vol: Volume) -> None:
         """Begin a new data generation; the caller sees to its durability."""
-        vol.uuids = vol.uuids.new_current(self.random64(), vol.state.role == Role.PRIMARY)
+        primary = vol.state.role == Role.PRIMARY
+        if vol.end_unknown:  # a target that did finish has the generation that ends, else the sync UUID
+            vol.uuids = vol.uuids.clear_bitmap()
+        vol.sync_ending = False
+        vol.uuids = vol.uuids.new_current(self.random64(), primary)
         vol.new_current_pending = False
         self.note(vol, f"new current UUID {vol.uuids}")
 

@@ -500,7 +500,7 @@ class Link:
     def _meta_packet(self, number: int, cmd: int, payload: memoryview, finished: list[Request]) -> None:
         e = self.e
         if cmd == Packet.PING:
-            e.out.meta.append(packet(Packet.PING_ACK))
+            e.resync.before_ping_ack(lambda: e.out.meta.append(packet(Packet.PING_ACK)))
         elif cmd == Packet.PING_ACK:
             e.liveness.pong()
         elif cmd == Packet.BARRIER_ACK:

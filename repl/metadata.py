@@ -59,6 +59,7 @@ class MdFlag(IntFlag):
     CRASHED_PRIMARY = 64
     AL_CLEAN = 128
     AL_DISABLED = 256
+    SYNC_ENDING = 1 << 30  # ours: this sync source has told its target that all acks are in
 
 
 # The order in which get-gi prints them.

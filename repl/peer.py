@@ -296,6 +296,9 @@ class Peer:
             e.disks.attach_refused(vol, decision.abort)
             return (ConnState.CONNECTED, ps.disk) if vol.state.connected else None
         if ps.disk == DiskState.NEGOTIATING:
+            # The attaching node waits for these two, and decides by them as we did.
+            self.send_uuids(vol)
+            self.send_state(vol)
             return ConnState.CONNECTED, DiskState.DISKLESS
         if e.link.peer_dry_run and not e.tentative:
             e.drop(ConnState.PROTOCOL_ERROR, "the peer only asked what would happen")

@@ -324,7 +324,7 @@ class Replica:
 
     def epochs_check(self) -> None:
         """Acknowledge, or begin to make stable, the complete epochs at the head."""
-        if not self.closed or self.closed[0].active:
+        if not self.closed or self.closed[0].active or self.flushing is not None:
             return
         if self._flushes:
             self._flush()

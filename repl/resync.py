@@ -126,6 +126,7 @@ class Resync:
                 self.e.stand_alone(f"before-resync-source handler exited with {code}")
                 return
             sync_uuid = vol.uuids.sync_uuid(self.e.random64())
+            vol.sync_ending = False
             vol.uuids = vol.uuids.set_bitmap_with_history(sync_uuid)
             self.e.write_superblock(vol, lambda ok: durable(ok, sync_uuid))
 
@@ -468,11 +469,37 @@ class Resync:
         """P_NEG_ACK with the syncer's id: the target could not write it."""
         vol.rs_failed += max(size >> 12, 1)
 
+    def before_ping_ack(self, then: Callable[[], None]) -> None:
+        """The peer pings, and our answer may be what its resync waits for: *then* may end without our hearing.
+
+        What that means for our next generation (`Volume.end_unknown`) is on disk before the answer goes out.
+        """
+        ending = [
+            v for v in self.e.volumes.values()
+            if v.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S)
+            and not v.bitmap.weight and not v.sync_ending
+        ]  # fmt: skip
+        if not ending:
+            then()
+            return
+        link, left = self.e.link.ticket, len(ending)
+
+        def durable(ok: bool) -> None:
+            nonlocal left
+            left -= 1
+            if not left and link == self.e.link.ticket:
+                then()
+
+        for vol in ending:
+            vol.sync_ending = True
+            self.e.write_superblock(vol, durable)
+
     def peer_finished(self, vol: Volume) -> bool:
         """P_STATE says the target is done: end as source. False when our bits say otherwise."""
         if vol.bitmap.weight > vol.rs_failed:
             return False
         vol.source = None
+        vol.sync_ending = False
         if not vol.rs_failed:
             vol.uuids = vol.uuids.clear_bitmap()
             vol.peer_uuids = vol.uuids
@@ -532,7 +559,7 @@ class Resync:
         for vol in self.e.volumes.values():
             if not vol.syncing:
                 continue
-            if not vol.rs_marks or now - vol.rs_marks[-1][0] >= MARK_S:
+            if not vol.rs_marks or now >= vol.rs_marks[-1][0] + MARK_S:
                 vol.rs_marks.append((now, vol.bitmap.weight))
             run = vol.target or vol.source
             if run is not None and now >= run.next_persist and vol.meta is not None and vol.meta.idle:

@@ -51,6 +51,7 @@ class Volume:
         self.al_suspended = False
         self.full_sync_flag = False
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
+        self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.primary_hold = False  # PRIMARY_IND stays until the bits only the log vouches for are on disk
         self.consider_resync = False  # both were Inconsistent and the peer was forced to be UpToDate
         self.pending_sync_uuid: int | None = None  # P_SYNC_UUID that came before we were ready for it
@@ -140,6 +141,14 @@ class Volume:
         return self.state.disk >= DiskState.NEGOTIATING
 
     @property
+    def end_unknown(self) -> bool:
+        """May the target of our last resync be UpToDate in our current generation without our knowing?
+
+        Then that generation must not go on here: promoted, the peer would take us for its older copy.
+        """
+        return self.sync_ending and self.uuids.bitmap != 0
+
+    @property
     def n_bits(self) -> int:
         return self.bitmap.n_bits
 
@@ -161,7 +170,9 @@ class Volume:
             flags = MdFlag(self.last_flags) & ~MdFlag.AL_CLEAN
         else:
             flags = MdFlag(md_flags(self.state, self.crashed_primary, self.last_flags))
-        flags &= ~(MdFlag.FULL_SYNC | MdFlag.AL_DISABLED)
+        flags &= ~(MdFlag.FULL_SYNC | MdFlag.AL_DISABLED | MdFlag.SYNC_ENDING)
+        if self.sync_ending:
+            flags |= MdFlag.SYNC_ENDING
         if self.primary_hold:
             flags |= MdFlag.PRIMARY_IND
         if self.full_sync_flag:

@@ -70,18 +70,25 @@ COMMAND_HINTS: Final[dict[tuple[str, int], str]] = {
     ("detach", -2): "This node is Primary and needs the disk, because the peer cannot give it the data. "
     "Demote it first (tandemadm secondary {res}), or connect it to an UpToDate peer.",
     ("outdate", -2): "A Primary cannot be outdated. Demote it first: tandemadm secondary {res}",
-    ("invalidate", -2): "The peer has no UpToDate data to copy from. Look at both disks: tandemadm status {res}",
+    ("invalidate", -2): "The peer has no UpToDate data to copy from. Look at both disks: "
+    "tandemadm status {res}",
     ("invalidate-remote", -2): "This node has no UpToDate data to copy to the peer. Look at both disks: "
     "tandemadm status {res}",
 }
 
 
+DISK_TROUBLE: Final = frozenset((104, 105, 111, 112, 114, 115, 118, 119))
+
+
 def hint(refusal: Refusal, resource: str, volume: int | None, command: str = "") -> str:
     """The sentence to print after *refusal* of *command*; empty when there is nothing to say.
 
-    What is known about the command goes first, then what the machine says, then what is always true.
+    What is known about the command goes first, then what the machine says, then what is always true. A
+    disk that cannot be used needs both: what is wrong with it, and what to do.
     """
     name = resource if volume is None else f"{resource}/{volume}"
     general = HINTS.get(refusal.code, "")
     chosen = COMMAND_HINTS.get((command, refusal.code), "") or refusal.hint or general
+    if refusal.code in DISK_TROUBLE and refusal.hint:
+        chosen = f"{refusal.hint}\n{general}"
     return chosen.replace("{res}", resource).replace("{vol}", name)

@@ -6,7 +6,7 @@ is attached, the connection is made. Every step may be repeated without harm.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tandem.repl.config import ResourceConfig
 from tandem.repl.events import ResourceStatus
@@ -14,6 +14,7 @@ from tandem.repl.events import ResourceStatus
 from .adm_session import DaemonError, NotRunning, Session, Target, complain, say, waiting
 from .adm_verbs import Option, verb
 from .client import Client, start_daemon
+from .values import unpack
 
 DISCARD = Option("--discard-my-data", "Give up local changes if that ends a split brain.")
 TENTATIVE = Option("--tentative", "Only look what a handshake would decide.")
@@ -95,6 +96,7 @@ def attach(session: Session, target: Target) -> int:
         for volume in session.volumes(target):
             if volume.number in attached:
                 complain(f"Device '{volume.minor}' is configured!")
+                complain(f"{target.resource}/{volume.number} has its disk; see: tandemadm dstate {target}")
                 return 20
         return attach_all(session, client, target)
 
@@ -129,16 +131,47 @@ def new_minor(session: Session, target: Target) -> int:
 
 
 def _dry_adjust(session: Session, target: Target, skip_disk: bool, skip_net: bool) -> list[str]:
-    status = session.status_or_none(target.resource)
-    if status is None:
+    """The steps `adjust` would take; nothing when the daemon runs what the file says."""
+    try:
+        client = session.client(target.resource)
+    except NotRunning:
         return _dry_up(session, target)
-    lines = []
-    missing = _missing(session.config(target.resource), status)
-    if not skip_disk:
-        for number in missing:
-            lines += _dry_step("apply-al", "attach")(session, Target(target.resource, number))
+    with client:
+        running = unpack(ResourceConfig, client.hello()["config"])
+        status = client.status()
+    wanted = session.config(target.resource)
+    lines = [] if running.options == wanted.options else _dry_options(session, target, "new-resource")
+    missing = _missing(wanted, status)
+    for volume in [] if skip_disk else wanted.volumes:
+        one = Target(target.resource, volume.number)
+        before = running.volume(volume.number)
+        if volume.number in missing:
+            lines += _dry_step("apply-al", "attach")(session, one)
+        elif before is not None and before.disk_options != volume.disk_options:
+            lines += _dry_options(session, one, "attach")
     if not skip_net and status.connection.cstate == "StandAlone":
         lines += _dry_step("connect")(session, target)
+    elif not skip_net and running.net != wanted.net:
+        lines += _dry_options(session, target, "connect")
+    return lines
+
+
+# The command that makes an object, the one that changes its options, and the words in front of them.
+_OPTIONS: Final = {
+    "new-resource": ("resource-options", slice(2, 3)),
+    "attach": ("disk-options", slice(2, 3)),
+    "connect": ("net-options", slice(3, 5)),
+}
+
+
+def _dry_options(session: Session, target: Target, step: str) -> list[str]:
+    """The drbdsetup command that sets the options which *step* would set."""
+    name, place = _OPTIONS[step]
+    lines = []
+    for line in _dry_step(step)(session, target):
+        words = line.split(" ")
+        options = line[line.find(" --") :] if " --" in line else ""
+        lines.append(" ".join([words[0], name, *words[place], "--set-defaults"]) + options)
     return lines
 
 

@@ -73,6 +73,10 @@ def wait_connect(session: Session, target: Target, **given: Any) -> int:
         return _follow(client, verdict, limit_s)
 
 
+for _name in ("wait-connect-resource", "wait-connect-connection", "wait-connect-volume"):
+    verb(_name, "As wait-connect.", WFC, DEGR, OUTDATED, AFTER_SB, scope="volume", hidden=True)(wait_connect)
+
+
 def _patience(
     session: Session, target: Target, status: ResourceStatus, given: dict[str, Any]
 ) -> tuple[float, bool]:
@@ -134,6 +138,10 @@ def wait_sync(session: Session, target: Target, **given: Any) -> int:
     return code
 
 
+for _name in ("wait-sync-resource", "wait-sync-connection", "wait-sync-volume"):
+    verb(_name, "As wait-sync.", WFC, DEGR, OUTDATED, AFTER_SB, scope="volume", hidden=True)(wait_sync)
+
+
 def in_sync(status: ResourceStatus, target: Target) -> bool:
     """Is every volume that is meant replicated and equal on both nodes?"""
     wanted = {volume.number: volume.disk for volume in select_volumes(status, target)}
@@ -166,15 +174,14 @@ class _SyncDisplay:
         if self._silent:
             return
         for volume in status.connection.volumes:
-            if volume.sync is None and volume.number not in self._tasks:
-                continue
             progress = self._started()
             if volume.number not in self._tasks:
                 title = f"{status.name}/{volume.number}"
                 self._tasks[volume.number] = progress.add_task(title, total=None, state="")
             task = self._tasks[volume.number]
             if volume.sync is None:
-                progress.update(task, completed=progress.tasks[task].total, state=volume.replication)
+                state = volume.replication if volume.replication != "Off" else status.connection.cstate
+                progress.update(task, state=state)
             else:
                 done = volume.sync.total - volume.sync.left
                 progress.update(task, total=volume.sync.total, completed=done, state=volume.replication)

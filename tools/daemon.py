@@ -27,7 +27,7 @@ from typing import Final
 
 import click
 import uvloop
-from tandem.repl.config import ResourceConfig
+from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.runtime import Runtime
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Notify, ResourceStatus, StateChanged
@@ -37,7 +37,7 @@ from .conf import check
 from .control import ControlServer, Done, refusal_answer
 from .exports import DeviceError, Exports
 from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
-from .values import Json, unpack
+from .values import Json, pack, unpack
 
 LOCK_S: Final = 1.0  # a tandemadm that looks whether the daemon has ended holds the pid file for a moment
 DRAIN_S: Final = 5.0  # NBD requests that were read get this long to be answered when the daemon ends
@@ -110,7 +110,8 @@ def sentence(config: ResourceConfig, refusal: Refusal, volume: int | None, comma
     """A refusal on one line: number, what is wrong, what to do."""
     what = f"({refusal.code}) {refusal.text}"
     stop = "" if what.endswith((".", "?", "!")) else "."
-    return f"{what}{stop} {hint(refusal, config.name, volume, command)}".rstrip()
+    advice = hint(refusal, config.name, volume, command).replace("\n", " ")
+    return f"{what}{stop} {advice}".rstrip()
 
 
 # ---------------------------------------------------------------------------------------- pid file
@@ -169,7 +170,7 @@ class Daemon:
     def hello(self) -> Json:
         return {
             "pid": os.getpid(), "resource": self.config.name, "node": self.config.node,
-            "file": self.config.file,
+            "file": self.config.file, "config": pack(self.config),
         }  # fmt: skip
 
     def status(self) -> ResourceStatus:
@@ -220,18 +221,49 @@ class Daemon:
         return None
 
     async def reconfigure(self, config: ResourceConfig) -> Refusal | None:
-        if config.name != self.config.name or config.node != self.config.node:
+        """Make the live resource what *config* says, with as little disturbance as that allows.
+
+        Most options change on the fly. A disk that is another one now is detached before and attached
+        after; an address or a digest of the data stream needs a new connection.
+        """
+        old = self.config
+        if config.name != old.name or config.node != old.node:
             return Refusal(162, INVALID, "This daemon serves another resource or node.")
-        refusal = check(config) or await self.runtime.reconfigure(config)
+        refusal = check(config)
+        if refusal is None:
+            steps = self._interrupted_by(config)
+            for name, volume, _ in steps:
+                refusal = refusal or await self.command(name, volume, {})
+            refusal = refusal or await self.runtime.reconfigure(config)
+            self.config = old if refusal else config
+            for _, volume, back in reversed(steps):
+                # Also after a refusal: what was interrupted goes on.
+                again = await self.command(back, volume, {})
+                refusal = refusal or again
         if refusal is not None:
-            log_refusal(self.config, refusal, None, "adjust")
+            log_refusal(config, refusal, None, "adjust")
             return refusal
-        self.config = config
         try:
             await self.exports.apply(config)
         except DeviceError as error:
             return Refusal(162, INVALID, str(error))
         return None
+
+    def _interrupted_by(self, config: ResourceConfig) -> list[tuple[str, int | None, str]]:
+        """What a new configuration interrupts: command, volume, and the command that undoes it."""
+        old, status = self.config, self.runtime.status()
+        if {v.number for v in config.volumes} != {v.number for v in old.volumes}:
+            return []  # The machine refuses that.
+        steps: list[tuple[str, int | None, str]] = []
+        if status.connection.cstate != "StandAlone" and _wire(old) != _wire(config):
+            steps.append(("disconnect", None, "connect"))
+        attached = {volume.number for volume in status.volumes if volume.disk != "Diskless"}
+        for volume in config.volumes:
+            before = old.volume(volume.number)
+            assert before is not None
+            if volume.number in attached and _storage(before) != _storage(volume):
+                steps.append(("detach", volume.number, "attach"))
+        return steps
 
     # ------------------------------------------------------------------------------ start and end
 
@@ -328,6 +360,17 @@ class Daemon:
             traceback.print_exception(error)
         if isinstance(error, AssertionError):
             os._exit(EXIT_INTERNAL)
+
+
+def _wire(config: ResourceConfig) -> tuple[object, ...]:
+    """What both ends of an established connection have agreed on and cannot change."""
+    net = config.net
+    return config.address, config.peer_address, net.data_integrity_alg
+
+
+def _storage(volume: VolumeConfig) -> tuple[object, ...]:
+    """Which bytes of which devices a volume uses."""
+    return volume.disk, volume.meta_disk
 
 
 def _command(request: Json) -> tuple[str, int | None, Json]:

@@ -7,6 +7,7 @@ one Unix socket, simple replies, many requests in flight. The protocol's numbers
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -86,10 +87,8 @@ class Nbd:
 
     def close(self) -> None:
         """End the session as the protocol wants it, if the server still listens."""
-        try:
+        with contextlib.suppress(OSError):  # it may have gone before us
             self._sock.sendall(_header(Request(Cmd.DISC), 0))
-        except OSError:
-            pass  # it has gone before us
         self._sock.close()
 
     @property
@@ -171,7 +170,8 @@ class Nbd:
 
     def _negotiate(self, export: bytes) -> None:
         magic, option_magic, flags = codec.GREETING.unpack(self._receive(codec.GREETING.size))
-        if (magic, option_magic) != (codec.INIT_MAGIC, codec.OPTION_MAGIC) or not flags & codec.FIXED_NEWSTYLE:
+        modern = (magic, option_magic) == (codec.INIT_MAGIC, codec.OPTION_MAGIC)
+        if not modern or not flags & codec.FIXED_NEWSTYLE:
             raise ConnectionLost("this is no NBD server of today")
         self._sock.sendall(codec.CLIENT_FLAGS.pack(flags & (codec.FIXED_NEWSTYLE | codec.NO_ZEROES)))
         data = codec.U32.pack(len(export)) + export + codec.U16.pack(0)

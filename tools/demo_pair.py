@@ -8,7 +8,9 @@ demonstration and the tests stand on it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -176,7 +178,8 @@ class Pair:
         done = self.run(node, *words)
         if done.returncode != code:
             said = (done.stderr + done.stdout).strip()
-            raise CommandFailed(f"{node.name}: tandemadm {' '.join(words)}: exit code {done.returncode}: {said}")
+            line = f"{node.name}: tandemadm {' '.join(words)}"
+            raise CommandFailed(f"{line}: exit code {done.returncode}: {said}")
         return done.stdout
 
     def up(self) -> None:
@@ -202,7 +205,7 @@ class Pair:
             return client.status()
 
     def wait(self, node: Node, what: str, predicate: Predicate, limit_s: float = 60.0) -> ResourceStatus:
-        """Follow the node's events until *predicate* holds; Waited, naming *what*, when it does not in time."""
+        """Follow the node's events until *predicate* holds; Waited, naming *what*, when it does not."""
         deadline = time.monotonic() + limit_s
         with self.client(node) as client:
             status = client.subscribe()
@@ -236,9 +239,25 @@ class Pair:
 
     def kill(self, node: Node) -> None:
         """SIGKILL, as a power cut for the process; returns when it is gone."""
-        self.signal(node, signal.SIGKILL)
-        if not wait_ended(node.paths, RESOURCE, END_S):
+        if not self._signal_and_wait(node, signal.SIGKILL):
             raise Waited(f"{node.name}: the daemon still runs after SIGKILL")
+
+    def _signal_and_wait(self, node: Node, *numbers: int) -> bool:
+        """Send signals to the node's daemon; True when the process is gone within END_S."""
+        pid = self.pid(node)
+        if pid is None:
+            return True
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                for number in numbers:
+                    signal.pidfd_send_signal(process, number)
+            return bool(select.select([process], [], [], END_S)[0])
+        finally:
+            os.close(process)
 
     def down(self) -> None:
         for node in self.nodes:
@@ -252,17 +271,16 @@ class Pair:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _end(self, node: Node) -> None:
-        if self.pid(node) is None:
-            return
-        self.signal(node, signal.SIGCONT)  # a test may have stopped it
-        self.signal(node, signal.SIGTERM)
-        if not wait_ended(node.paths, RESOURCE, END_S):
+        # SIGCONT, because a test may have stopped it.
+        if not self._signal_and_wait(node, signal.SIGTERM, signal.SIGCONT):
             self.kill(node)
 
     def logs(self, n_lines: int = 40) -> str:
         """The end of both logs, for a message."""
-        parts = [f"--- log of {node.name}\n" + "\n".join(node.log.splitlines()[-n_lines:]) for node in self.nodes]
-        return "\n".join(parts)
+        lines = []
+        for node in self.nodes:
+            lines += [f"--- log of {node.name}", *node.log.splitlines()[-n_lines:]]
+        return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ what is looked at

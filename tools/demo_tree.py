@@ -59,7 +59,7 @@ def make_image(image: Path, tree: Path, size: int) -> None:
 
 
 def check_image(image: Path) -> str:
-    """What `e2fsck -fn` says about the file system; CalledProcessError when it finds anything wrong."""
+    """What `e2fsck -fn` says about the file system; RuntimeError when it finds anything wrong."""
     return _run([find_program("e2fsck"), "-f", "-n", str(image)])
 
 

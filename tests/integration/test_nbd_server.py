@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from tandem.nbd.listener import EXHAUSTED_S, Listener
 from tandem.nbd.server import Server, ServerError
 from tandem.nbd.transmission import INFLIGHT_BYTES_MAX
 from tandem.repl.edge.stream import BACKLOG_HIGH
@@ -545,7 +546,8 @@ def test_out_of_descriptors(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     script = f"""
         import asyncio, resource, sys, uvloop
-        from tandem.nbd.server import Server
+        from tandem.nbd.listener import EXHAUSTED_S, Listener
+from tandem.nbd.server import Server
         from tests.nbd_volume import RamVolume
         async def main():
             server = Server({{"r0": RamVolume(1 << 20)}}, sessions_max=10_000)
@@ -609,6 +611,50 @@ def test_who_does_not_read_answers_is_not_read_either(serving: Serving, volume: 
         assert serving.call(held) <= BACKLOG_HIGH + INFLIGHT_BYTES_MAX + MIB
         assert len(volume.seen) < asked
     serving.all_gone()
+
+
+def test_unread_answers_of_small_requests_are_bounded_too(tmp_path: Path) -> None:
+    volume = RamVolume(SIZE, at_once=True)
+    with Serving(tmp_path, volume) as serving, serving.client() as greedy:
+        for n in range(400):
+            try:
+                greedy.sock.settimeout(0)
+                greedy.sock.sendall(request(STRUCTURED, READ, n, 0, 256 * KIB))
+            except BlockingIOError:
+                break
+            backlogs = serving.call(lambda: [s._sender.backlog for s in serving.server.sessions])
+            assert max(backlogs) <= BACKLOG_HIGH + INFLIGHT_BYTES_MAX + MIB
+        assert len(volume.seen) < 400
+
+
+def test_without_descriptors_it_waits_instead_of_spinning(tmp_path: Path) -> None:
+    class Exhausted(socket.socket):
+        n_tried = 0
+
+        def accept(self) -> tuple[socket.socket, object]:
+            self.n_tried += 1
+            if self.n_tried == 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def scenario() -> None:
+        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
+        sock = Exhausted(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = str(tmp_path / "s")
+        sock.bind(path)
+        sock.listen()
+        sock.setblocking(False)
+        listener = Listener(sock, path, accepted.put_nowait)
+        listener.resume()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(path)
+            began = asyncio.get_running_loop().time()
+            (await asyncio.wait_for(accepted.get(), PATIENCE_S)).close()
+            assert asyncio.get_running_loop().time() - began >= EXHAUSTED_S * 0.9
+        assert sock.n_tried <= 3
+        listener.close()
+
+    uvloop.run(scenario())
 
 
 def test_big_writes_from_many_clients_at_once(serving: Serving, volume: RamVolume) -> None:

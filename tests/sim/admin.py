@@ -88,7 +88,8 @@ def add_options(world: World, options: list[Option]) -> None:
             continue
         if node.closing and not node.clients.open:
             options.append((2.0, finish_demotion, (node,)))
-        if not a.primary and not b.primary and not node.attaches and _may_promote(world, node):
+        promoting = any(c.name == "primary" for c in world.peer_of(node).commands.values())
+        if not (a.primary or b.primary or promoting or node.attaches) and _may_promote(world, node):
             options.append((1.0, command, (node, "primary")))
         if world.mix.two_primaries and not node.primary and node.connected:
             options.append((0.5, command, (node, "primary")))

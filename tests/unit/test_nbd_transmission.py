@@ -397,6 +397,18 @@ def test_a_client_that_vanishes_leaves_nothing_open(rig: Rig, half: bool) -> Non
     assert rig.answers == []
 
 
+def test_a_client_that_vanishes_in_the_middle_of_a_sliced_read(rig: Rig) -> None:
+    rig.held = []
+    rig.say(rig.pack(READ, 0, MIB) + rig.pack(READ, 0, 32 * MIB) + rig.pack(READ, 0, 2 * MIB))
+    assert len(rig.held) == 32, "of the second read 31 pieces are out, of the third none"
+    rig.transmission.abandon()
+    assert rig.transmission.n_open == 2
+    rig.release(31)
+    assert rig.transmission.n_open == 1
+    rig.release()
+    assert rig.transmission.n_open == 0
+
+
 def test_close_in_the_middle_of_a_payload_answers_it_with_an_error(rig: Rig) -> None:
     rig.held = []
     rig.say(rig.pack(WRITE, 0, payload=bytes(4 * MIB))[: 2 * MIB])

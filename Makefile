@@ -1,0 +1,60 @@
+# The chores of the project; each does its own set-up. `make help` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test sim bench lint docs clean programs
+
+help:  ## This list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## Two mirrored nodes to play with; STORY=1 plays a failover unattended, SEED= repeats one.
+	@$(BIN)/python -m tandem.tools.demo $(if $(STORY),--story) $(if $(SEED),--seed $(SEED))
+
+test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, unit tests, simulator, real programs.
+	$(BIN)/python -m pytest
+
+sim: $(VENV)/.installed-test  ## Random runs of the simulator: N= how many, SEED= replays one.
+	@$(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N))
+
+bench: $(VENV)/.installed-test programs  ## Side by side with nbdkit; QUICK=1 takes a minute.
+	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
+
+lint: $(VENV)/.installed-test  ## ruff, mypy --strict and the rules of the house.
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/mypy --strict tests benchmarks
+	$(BIN)/python -m pytest --quiet tests/unit/test_tidy.py
+
+docs: $(VENV)/.installed-test  ## Write the tables in docs/ again from the code.
+	$(BIN)/python -m tests.doc_tables
+
+clean:  ## Remove the virtual environment and what programs left behind.
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+programs:
+	@tests/debian-packages.sh
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed; name it with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	    || { rm -rf $(VENV); echo "No virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV) ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV), with what the tests need ..."
+	@$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.installed

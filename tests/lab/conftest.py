@@ -1,0 +1,55 @@
+"""The laboratory's fixtures. These tests boot kernels and run only where TANDEM_LAB=1 asks for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from .nodes import KernelNode, TandemNode
+from .pair import SIZE, Pair
+from .uml import Lab
+
+collect_ignore_glob = [] if os.environ.get("TANDEM_LAB") == "1" else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """The laboratory, one for all tests; what is booted in it stays until the end."""
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def two_nodes(lab: Lab) -> Pair:
+    """A guest with kernel DRBD and a place for a Tandem daemon, two disks each."""
+    config = lab.shared / "drbd.conf"
+    config.touch()
+    kernel = KernelNode(lab.guest("kern", [lab.disk(f"kern{i}", SIZE) for i in range(2)]))
+    tandem = TandemNode("tandem", lab.work, [lab.disk(f"tandem{i}", SIZE) for i in range(2)], config)
+    kernel.boot()
+    return Pair(kernel, tandem, config)
+
+
+@pytest.fixture
+def pair(two_nodes: Pair, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """One cell of the matrix: everything is down before and after, the kernel has not complained."""
+    yield two_nodes
+    log = "\n".join(two_nodes.tandem.log()[-60:])
+    states = two_nodes.states() if two_nodes.kernel.guest.running else ("(kernel is off)", two_nodes.tandem.state())
+    kernel_log = "\n".join(two_nodes.kernel.log()[-60:]) if two_nodes.kernel.guest.running else ""
+    complaints = two_nodes.stop()
+    failed = getattr(request.node, "failed", False) or bool(complaints)
+    if failed:
+        print(f"--- kernel {states[0]}\n--- tandem {states[1]}\n--- kernel log\n{kernel_log}\n--- tandem log\n{log}")
+    assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Remember a failure, so that the fixture prints the logs of both sides."""
+    report = yield
+    if call.when == "call" and report.failed:  # type: ignore[attr-defined]
+        item.failed = True  # type: ignore[attr-defined]
+    return report  # type: ignore[return-value]
