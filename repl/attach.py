@@ -58,7 +58,8 @@ class LoadedDisk:
     """A disk ready for use.
 
     ``superblock`` is what is on disk now (clean). ``bitmap`` covers the last agreed size, as far as the
-    device still holds it; it is empty before the first attach and all set if the flags demand a full sync.
+    device still holds it; it is all set if the flags demand a full sync, and, for all the device can hold,
+    before the first attach: filling it takes a moment on a large device, which the caller's thread has.
     ``marked`` counts the bits the activity log added, ``corrupt`` the unreadable blocks of its ring.
     """
 
@@ -99,8 +100,9 @@ def load(
             f" but {superblock.la_size_sect} were agreed on. Restore the device's size.",
             SHRINK_CODE,
         )
-    n_bits = n_bits_of(min(superblock.la_size_sect * SECTOR, where.usable))
-    full = needs_full_sync(flags)
+    fresh = not superblock.la_size_sect
+    n_bits = n_bits_of(where.usable if fresh else min(superblock.la_size_sect * SECTOR, where.usable))
+    full = fresh or needs_full_sync(flags)
     if full:
         bitmap = Bitmap(n_bits)
         bitmap.set_all()

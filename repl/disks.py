@@ -134,9 +134,9 @@ class Disks:
         size = new_size(
             vol.usable, vol.peer_size if vol.state.connected else 0, options.size * SECTOR, vol.la_size
         )
-        if size != vol.la_size:
+        if n_bits_of(size) != vol.bitmap.n_bits:
             vol.bitmap.resize(n_bits_of(size), set_new=True)
-            vol.la_size = size
+        vol.la_size = size
         self._set_size(vol, size)
         if vol.full_sync_flag or (vol.crashed_primary and sb.flags & MdFlag.AL_DISABLED):
             self.set_all(vol, None)
@@ -158,7 +158,8 @@ class Disks:
             disk = DiskState.CONSISTENT
         else:
             disk = DiskState.OUTDATED
-        pdsk = DiskState.OUTDATED if flags & MdFlag.PEER_OUT_DATED else DiskState.D_UNKNOWN
+        peer_is_old = flags & MdFlag.PEER_OUT_DATED and not vol.end_unknown
+        pdsk = DiskState.OUTDATED if peer_is_old else DiskState.D_UNKNOWN
         fencing = vol.config.disk_options.fencing
         if disk == DiskState.CONSISTENT and (pdsk == DiskState.OUTDATED or fencing == Fencing.DONT_CARE):
             disk = DiskState.UP_TO_DATE

@@ -388,7 +388,10 @@ class Engine:
     def change_conn(self, conn: ConnState, why: str = "") -> None:
         """Change the connection's state in all volumes, as a fact."""
         for vol in self.volumes.values():
-            self.change(vol, replace(vol.state, conn=conn), hard=True, why=why)
+            wish = replace(vol.state, conn=conn)
+            if vol.end_unknown and conn < ConnState.CONNECTED <= vol.state.conn:
+                wish = replace(wish, pdsk=DiskState.D_UNKNOWN)  # Inconsistent when last seen, perhaps no longer
+            self.change(vol, wish, hard=True, why=why)
 
     def new_current(self, vol: Volume) -> None:
         """Begin a new data generation; the caller sees to its durability."""

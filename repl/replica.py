@@ -326,6 +326,8 @@ class Replica:
         """Acknowledge, or begin to make stable, the complete epochs at the head."""
         if not self.closed or self.closed[0].active or self.flushing is not None:
             return
+        if self.stall is None and self.e.now < self.next_flush_at and not self.flush_waiting:
+            return  # `tick` comes back here; looking through all epochs each time would cost more than acks
         if self._flushes:
             self._flush()
         else:
@@ -441,7 +443,7 @@ class Replica:
 
     def deadline(self) -> float | None:
         """When the paced flush of complete epochs is due."""
-        if self.flushing is None and self.closed and not self.closed[0].active and self._flushes:
+        if self.flushing is None and self.closed and not self.closed[0].active:
             return self.next_flush_at
         return None
 

@@ -149,10 +149,10 @@ def receive_exactly(sock: socket.socket, n: int) -> bytes:
 
 def receive_all(sock: socket.socket) -> bytes:
     """Everything until the server closes, also by a reset."""
-    got = b""
+    got = bytearray()
     try:
         while data := sock.recv(1 << 16):
             got += data
     except ConnectionResetError:
         pass
-    return got
+    return bytes(got)

@@ -25,8 +25,9 @@ RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of th
 INLINE_BYTES_MAX: Final = 4 << 20  # per batch; at memory speed under a millisecond, the rest goes to workers
 SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
 WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
-HOLD_MIN_S: Final = 1.0  # how long the device's calls then stay away from the loop …
-HOLD_MAX_S: Final = 8.0  # … and at most, when it is slow again right after coming back
+HOLD_FACTOR: Final = 10  # then its calls stay away from the loop for this many times as long as it waited
+HOLD_MAX_S: Final = 8.0  # … and at most, when it is slow again and again right after coming back
+STALL_S: Final = 0.02  # a wait that clients feel; shorter ones (a journal commit) are part of ordinary life
 N_DATA_THREADS: Final = 8  # the queue depth a slow device sees
 N_SYNC_THREADS: Final = 4  # flushes and metadata, kept apart so that slow data cannot hold them up
 
@@ -158,7 +159,12 @@ class Disk:
                 waiting.setdefault(first.volume, []).append(run)
         for number, runs in waiting.items():
             # A job per run would cost more than most runs do; a job per thread keeps the device as busy.
+            # Writes go to the page cache, where threads would only queue for the file's lock: they get one
+            # thread for every megabyte.
             volume, n_jobs = self._volumes[number], min(len(runs), N_DATA_THREADS)
+            if all(run[0].op == WRITE for run in runs):
+                total = sum(op.length for run in runs for op in run)
+                n_jobs = min(n_jobs, 1 + (total - 1) // RUN_BYTES_MAX)
             for i in range(n_jobs):
                 self._hand_over(volume, self._data_workers, volume.data, runs[i::n_jobs])
         for key, runs in durable.items():
@@ -287,10 +293,16 @@ def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
 def _keep_away(device: Device, started: float, now: float) -> None:
     """The device made the loop wait: its calls stay off the loop for a while.
 
-    That is so when the kernel throttles writers of dirty pages, or when the device is slow itself.
+    That is so when the kernel throttles writers of dirty pages, or when the device is slow itself; but also,
+    shortly, whenever a journal is committed. So the loop spends at most a tenth of its time in such waits,
+    and less and less when they are long and do not end.
     """
-    just_came_back = started - device.inline_again < HOLD_MIN_S
-    device.hold_s = min(device.hold_s * 2, HOLD_MAX_S) if just_came_back else HOLD_MIN_S
+    waited = now - started
+    just_came_back = started - device.inline_again < device.hold_s
+    hold = waited * HOLD_FACTOR
+    if just_came_back and waited >= STALL_S:
+        hold = max(hold, device.hold_s * 2)
+    device.hold_s = min(hold, HOLD_MAX_S)
     device.inline_again = now + device.hold_s
     device.watched_until = device.inline_again + WATCH_S
 

@@ -54,6 +54,7 @@ from .workers import Completions
 # slow disk writes in a second, and little against the page cache it stands in for.
 DISK_BACKLOG_HIGH: Final = 64 << 20
 DISK_BACKLOG_LOW: Final = 32 << 20
+LOOK_S: Final = 0.005  # within this time of a wake-up the machine is asked for its deadline; none is so urgent
 EXIT_OWN_MISTAKE: Final = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED: Final = Refusal(129, "Interrupted by Signal", "The daemon is stopping.")
 
@@ -128,6 +129,7 @@ class Runtime:
         self._last_ticket = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
+        self._looking = False  # the machine is about to be asked for its deadline
         self._volumes: dict[int, ReplicatedVolume] = {}
         self._snapshot = self.engine.status()
         self._refreshing = False
@@ -263,7 +265,7 @@ class Runtime:
             else:
                 break
         self._watch_disk()
-        self._set_timer()
+        self._look_soon()
 
     def _publish(self) -> None:
         """Tell subscribers the news of this wake-up; of several state changes they hear once."""
@@ -275,10 +277,26 @@ class Runtime:
         for callback in tuple(self._subscribers):
             callback(news)
 
+    def _look_soon(self) -> None:
+        """Deadlines move with every wake-up, and to ask for them costs as much as the wake-up itself: so
+        many wake-ups share one look."""
+        if not self._looking and not self._stopped:
+            self._looking = True
+            self._loop.call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        if self._stopped:
+            return
+        try:
+            self._set_timer()
+        except Exception as error:
+            self._fatal(error)
+
     def _set_timer(self) -> None:
         """A timer that rings too early is left alone: it looks again, and that is rarer than moving it."""
         due = self.engine.deadline()
-        if due is None or self._stopped:
+        if due is None:
             return
         if self._timer is not None:
             if self._timer_due <= due:

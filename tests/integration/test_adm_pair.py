@@ -210,9 +210,8 @@ def test_sh_status_of_a_running_resource(pair: Pair) -> None:
 def test_adjust_applies_a_changed_file(pair: Pair) -> None:
     pair.configure(net="ping-int 7;")
     (line,) = pair.ok("alpha", "-d", "adjust", "r0").splitlines()
-    assert line.startswith(
-        f"drbdsetup-84 net-options ipv4:127.0.0.1:{pair.port_a} ipv4:127.0.0.1:{pair.port_b} --set-defaults --"
-    )
+    ends = f"ipv4:127.0.0.1:{pair.port_a} ipv4:127.0.0.1:{pair.port_b}"
+    assert line.startswith(f"drbdsetup-84 net-options {ends} --set-defaults --")
     assert " --ping-int=7" in line
     pair.ok("alpha", "adjust", "r0")
     assert pair.ok("alpha", "-d", "adjust", "r0") == ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -226,6 +228,43 @@ def test_events_end_and_begin_with_the_daemon(pair: Pair) -> None:
         while (line := events.stdout.readline()) != "destroy resource name:r0\n":
             assert line
         events.terminate()
+
+
+def test_events_poll_counters(pair: Pair) -> None:
+    pair.create()
+    pair.ok("alpha", "up", "r0")
+    words = [sys.executable, "-m", "tandem.tools.adm", *pair.where("alpha"), "events2", "--full", "--poll"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as events:
+        assert events.stdin is not None and events.stdout is not None
+        while events.stdout.readline() != "exists -\n":
+            pass
+        events.stdin.write("n\n")
+        events.stdin.flush()
+        pair.ok("alpha", "suspend-io", "r0")
+        line = events.stdout.readline()
+        assert line.startswith("change resource name:r0 role:Secondary suspended:user")
+        assert "write-ordering:" in line and "promotion_score:" in line
+        events.stdin.close()
+        assert events.wait(60) == 0
+
+
+def test_a_configuration_from_standard_input(pair: Pair) -> None:
+    pair.create()
+    text = pair.file.read_text()
+    pair.file.unlink()
+    where = ["-c", "-", *pair.where("alpha")[2:]]
+    up = subprocess.run(
+        [sys.executable, "-m", "tandem.tools.adm", *where, "up", "r0"],
+        input=text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (up.returncode, up.stderr) == (0, "")
+    assert pair.ok("alpha", "cstate", "r0") == "WFConnection\n"  # needs no configuration at all
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/../../b", "\udcff", "", "-", "%2F"])
+def test_strange_names_are_not_defined(pair: Pair, name: str) -> None:
+    result = pair.adm("alpha", "role", "--", name)
+    assert result.code in (1, 20) and len(sentences(result.err)) == 1
 
 
 def test_a_stopped_daemon_is_a_sentence_and_no_hang(pair: Pair) -> None:

@@ -546,8 +546,7 @@ def test_out_of_descriptors(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     script = f"""
         import asyncio, resource, sys, uvloop
-        from tandem.nbd.listener import EXHAUSTED_S, Listener
-from tandem.nbd.server import Server
+        from tandem.nbd.server import Server
         from tests.nbd_volume import RamVolume
         async def main():
             server = Server({{"r0": RamVolume(1 << 20)}}, sessions_max=10_000)

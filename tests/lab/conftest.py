@@ -27,7 +27,7 @@ def two_nodes(lab: Lab) -> Pair:
     config = lab.shared / "drbd.conf"
     config.touch()
     kernel = KernelNode(lab.guest("kern", [lab.disk(f"kern{i}", SIZE) for i in range(2)]))
-    tandem = TandemNode("tandem", lab.work, [lab.disk(f"tandem{i}", SIZE) for i in range(2)], config)
+    tandem = TandemNode("tandem", lab.work, [lab.disk(f"tandem{i}", SIZE) for i in range(2)], lab.work / "tandem.conf")
     kernel.boot()
     return Pair(kernel, tandem, config)
 

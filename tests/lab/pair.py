@@ -23,6 +23,7 @@ from .nodes import (
 MIB: Final = 1 << 20
 SIZE: Final = 64 * MIB
 DATA: Final = 65496 << 10  # what internal metadata leaves of 64 MiB
+LINKED: Final = ("Connected", "SyncSource", "SyncTarget", "PausedSyncS", "PausedSyncT", "VerifyS", "VerifyT")
 BAD_WORDS: Final = ("BAD!", "ASSERT", "unexpected", "bogus", "sock was reset by peer", "BUG:", "Oops")
 
 
@@ -45,15 +46,21 @@ class Pair:
 
     # ------------------------------------------------------------------------------ begin and end
 
-    def configure(self, options: str = "", volumes: int = 1) -> None:
+    def configure(self, options: str = "", volumes: int = 1, tandem_options: str | None = None) -> None:
+        """Write both nodes' configuration. Tandem gets the same options unless it is to have its own."""
         self.n_volumes = volumes
         self.config.write_text(resource_text(self.kernel, self.tandem, volumes, options))
+        if tandem_options is None:
+            tandem_options = options
+        self.tandem.config.write_text(resource_text(self.kernel, self.tandem, volumes, tandem_options))
 
-    def prepare(self, options: str = "", volumes: int = 1, content: str = "different") -> None:
+    def prepare(
+        self, options: str = "", volumes: int = 1, content: str = "different", tandem_options: str | None = None
+    ) -> None:
         """Configuration, disk contents (different, same, zero) and fresh metadata; nothing runs yet."""
         self.allowed = []
         self._log_mark = len(self.kernel.log())
-        self.configure(options, volumes)
+        self.configure(options, volumes, tandem_options)
         with contextlib.suppress(FileNotFoundError):
             self.tandem.log_file.unlink()
         for volume in range(volumes):
@@ -71,15 +78,20 @@ class Pair:
         self.prepare(options, volumes, "same" if sync == "clear" else content)
         self.up()
         if sync == "clear":
-            self.kernel.adm("new-current-uuid", "--clear-bitmap", RES)
-            self.settled("UpToDate", "UpToDate")
+            for volume in range(volumes):
+                self.kernel.adm("new-current-uuid", "--clear-bitmap", f"{RES}/{volume}")
+                self.settled("UpToDate", "UpToDate", volume)
 
     def up(self) -> None:
         self.kernel.adm("up", RES)
         self.tandem.adm("up", RES)
+        self.connected()
+
+    def connected(self) -> None:
+        """Wait until the connection stands on both nodes and all volumes know what to do."""
         for volume in range(self.n_volumes):
-            wait(self.kernel, lambda s: s.cs not in ("WFConnection", "WFReportParams"), "connected", volume)
-            wait(self.tandem, lambda s: s.cs not in ("WFConnection", "WFReportParams"), "connected", volume)
+            for node in (self.kernel, self.tandem):
+                wait(node, lambda s: s.cs in LINKED, "connected", volume)
 
     def stop(self) -> list[str]:
         """Everything down; the kernel's complaints since `prepare`."""

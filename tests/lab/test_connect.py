@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .nodes import RES, UNCONFIGURED, wait_state
+from .nodes import RES, wait_state
 from .pair import Pair
 
 SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
@@ -26,8 +26,58 @@ def test_initial_full_sync(pair: Pair, side: str) -> None:
 @SIDES
 def test_skip_initial_sync(pair: Pair, side: str) -> None:
     pair.start(content="same")
-    pair.node(side).adm("new-current-uuid", "--clear-bitmap", RES)
+    pair.node(side).adm("new-current-uuid", "--clear-bitmap", f"{RES}/0")
     pair.in_sync()
     kernel, tandem = pair.uuids()
     assert kernel == tandem
     assert pair.resync_counts() == []
+
+
+def hmac(secret: str) -> str:
+    return f'net {{ cram-hmac-alg sha1; shared-secret "{secret}"; }}'
+
+
+def test_right_secret(pair: Pair) -> None:
+    pair.start(hmac("the same"), sync="clear")
+    pair.in_sync()
+
+
+def test_wrong_secret(pair: Pair) -> None:
+    """Both nodes find the other's answer wrong and give up; with the right secret they connect."""
+    pair.prepare(hmac("one"), tandem_options=hmac("two"))
+    pair.kernel.adm("up", RES)
+    pair.tandem.adm("up", RES)
+    wait_state(pair.kernel, cs="StandAlone")
+    wait_state(pair.tandem, cs="StandAlone")
+    pair.configure(hmac("one"))
+    pair.tandem.adm("adjust", RES)
+    pair.kernel.adm("connect", RES)
+    wait_state(pair.kernel, cs="Connected")
+
+
+def test_wrong_protocol_letter(pair: Pair) -> None:
+    pair.prepare("net { protocol C; }", tandem_options="net { protocol A; }")
+    pair.kernel.adm("up", RES)
+    pair.tandem.adm("up", RES)
+    wait_state(pair.kernel, cs="StandAlone")
+    wait_state(pair.tandem, cs="StandAlone")
+
+
+@SIDES
+@pytest.mark.parametrize("asks", ["kernel", "tandem"])
+def test_full_sync_of_one_in_use(pair: Pair, side: str, asks: str) -> None:
+    """invalidate on one node, invalidate-remote on the other, while the source is Primary."""
+    pair.start(sync="clear")
+    source = pair.node(side)
+    target = pair.other(source)
+    source.adm("primary", RES)
+    source.write(0, 1 << 20, seed=5)
+    if asks == side:
+        source.adm("invalidate-remote", RES)
+    else:
+        target.adm("invalidate", RES)
+    wait_state(target, disk="Inconsistent")
+    source.write(8 << 20, 3 << 20, seed=6)
+    pair.in_sync()
+    assert pair.resync_counts() == [65496]
+    assert pair.uuids()[0] == pair.uuids()[1]

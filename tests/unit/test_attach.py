@@ -155,7 +155,9 @@ def test_a_clean_disk_is_only_read() -> None:
 def test_fresh_metadata_have_no_bitmap_yet() -> None:
     store, _ = make(la_size_sect=0, flags=MdFlag.AL_CLEAN)
     loaded = attach.load(store, store.size, "internal", 0)
-    assert loaded.bitmap.n_bits == 0 and loaded.superblock.la_size_sect == 0
+    bitmap = loaded.bitmap
+    assert bitmap.weight == bitmap.n_bits == -(-loaded.layout.usable // 4096)
+    assert loaded.superblock.la_size_sect == 0
 
 
 def test_a_crashed_primary_marks_its_hot_extents() -> None:
