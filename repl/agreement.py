@@ -7,7 +7,6 @@ receive_req_conn_state, got_RqSReply).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .errors import Refusal
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 CONCURRENT = -19
 SUCCESS = 1
 LOST = 0  # the connection went before the answer came
+DISK_MASK = 0x1E00
+PDSK_MASK = 0x1E000
 
 
 class Agreement:
@@ -64,10 +65,9 @@ class Agreement:
             wanted.append((v, result))
         self._reply(vol, SUCCESS)
         if vol is None and wanted[0][1].conn == ConnState.TEAR_DOWN:
-            for v, new in wanted:
-                if new.disk != v.state.disk:
-                    self.e.apply(v, replace(v.state, disk=new.disk), why="the peer asked for it")
-            self.e.drop(ConnState.TEAR_DOWN, "the peer disconnected")
+            # Under fencing one of us is outdated by it: the words are the peer's, so disk and pdsk change places.
+            outdate = "pdsk" if mask & DISK_MASK else "disk" if mask & PDSK_MASK else ""
+            self.e.drop(ConnState.TEAR_DOWN, "the peer disconnected", outdate)
             return
         for v, new in wanted:
             self.e.apply(v, new, why="agreed with the peer")

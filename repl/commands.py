@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .agreement import SUCCESS
+from .agreement import LOST, SUCCESS
 from .errors import Refusal
 from .events import Answer, Command, ProbeSize
 from .states import ConnState, DiskState, Role
@@ -199,6 +199,7 @@ class Commands:
             return None
         wishes: tuple[dict[str, Any], ...] = ({}, {"disk": DiskState.OUTDATED}, {"pdsk": DiskState.OUTDATED})
         extra = wishes[0]
+        code = SUCCESS
         for _ in range(TRIES):
             codes = [
                 change(v.state, replace(v.state, conn=ConnState.DISCONNECTING, **extra), self.e.facts(v))
@@ -232,10 +233,12 @@ class Commands:
             if code < 0:
                 return refusal(-10, f"peer: ({code})")
             break
+        if code == LOST and "pdsk" in extra:
+            extra = {}  # nobody knows whether the peer has outdated itself: fencing has to find out
+        self.e.stand_alone("", outdate=next(iter(extra), ""))
         for vol in self.e.volumes.values():
             if extra:
-                self.e.change(vol, replace(vol.state, **extra), hard=True, why="fenced by disconnecting")
-        self.e.stand_alone("")
+                yield self._durable(vol)
         return None
 
     # ------------------------------------------------------------------------------ role

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Protocol, Any
 
 from . import aftermath, report
-from .agreement import Agreement
+from .agreement import LOST, Agreement
 from .commands import Commands
 from .config import Fencing, ResourceConfig
 from .digests import Digest, digest, hmac_hash
@@ -385,12 +385,16 @@ class Engine:
             for resume in waiting:
                 resume(None)
 
-    def change_conn(self, conn: ConnState, why: str = "") -> None:
-        """Change the connection's state in all volumes, as a fact."""
+    def change_conn(self, conn: ConnState, why: str = "", outdate: str = "") -> None:
+        """Change the connection's state in all volumes, as a fact; *outdate* as in `drop`."""
         for vol in self.volumes.values():
             wish = replace(vol.state, conn=conn)
             if vol.end_unknown and conn < ConnState.CONNECTED <= vol.state.conn:
                 wish = replace(wish, pdsk=DiskState.D_UNKNOWN)  # Inconsistent when last seen, perhaps no longer
+            if outdate == "disk":
+                wish = replace(wish, disk=min(wish.disk, DiskState.OUTDATED))
+            elif outdate == "pdsk":
+                wish = replace(wish, pdsk=min(wish.pdsk, DiskState.OUTDATED))
             self.change(vol, wish, hard=True, why=why)
 
     def new_current(self, vol: Volume) -> None:
@@ -442,15 +446,18 @@ class Engine:
 
     def _link_lost(self, event: LinkLost) -> None:
         if self.disconnecting:
-            self.agreement.replied(None, 1)  # the peer agreed by closing; its answer may be lost
+            self.agreement.replied(None, LOST)  # we are on the way out anyway
             return
         if self.link.stage is not Stage.OPEN:
             self._end_link(RETRY_S)
             return
         self.drop(ConnState.NETWORK_FAILURE if event.meta else ConnState.BROKEN_PIPE, event.why)
 
-    def drop(self, reason: ConnState, why: str) -> None:
-        """The connection is over for *reason* (Timeout … TearDown); try to get a new one."""
+    def drop(self, reason: ConnState, why: str, outdate: str = "") -> None:
+        """The connection is over for *reason* (Timeout … TearDown); try to get a new one.
+
+        *outdate*: "disk" or "pdsk" is Outdated from now on, as agreed with the peer under fencing.
+        """
         if self.link.stage is Stage.DOWN:
             return
         if self.link.stage is not Stage.OPEN:
@@ -458,21 +465,21 @@ class Engine:
             self._end_link(RETRY_S)
             return
         self.note(None, f"connection lost: {why}", level="warning")
-        self._connection_gone(reason, why)
+        self._connection_gone(reason, why, outdate)
         self.change_conn(ConnState.UNCONNECTED)
         self.change_conn(ConnState.WF_CONNECTION)
         delay = RETRY_S if reason == ConnState.PROTOCOL_ERROR else 0.0
         self._connect_at = self.now + delay
         self._maybe_connect()
 
-    def stand_alone(self, why: str) -> None:
-        """The connection is over and stays so until the administrator connects again."""
+    def stand_alone(self, why: str, outdate: str = "") -> None:
+        """The connection is over and stays so until the administrator connects again; *outdate* as in `drop`."""
         if self.cstate == ConnState.STAND_ALONE:
             return
         if why:
             self.note(None, f"going StandAlone: {why}", level="error")
         if self.link.stage is Stage.OPEN:
-            self._connection_gone(ConnState.DISCONNECTING, why)
+            self._connection_gone(ConnState.DISCONNECTING, why, outdate)
         else:
             if self.link.ticket:
                 self.out.effects.append(Close(self.link.ticket, LINGER_S))
@@ -489,7 +496,7 @@ class Engine:
         self.link.ticket = 0
         self._connect_at = self.now + delay
 
-    def _connection_gone(self, reason: ConnState, why: str) -> None:
+    def _connection_gone(self, reason: ConnState, why: str, outdate: str) -> None:
         """Everything that ends with an established connection, in this order: close, states and what
         follows from them (generation, fencing), then the requests."""
         self.out.effects.append(Close(self.link.ticket, LINGER_S))
@@ -497,13 +504,15 @@ class Engine:
         self.link.ticket = 0
         self.liveness.stopped()
         was_primary = any(v.state.role == Role.PRIMARY for v in self.volumes.values())
-        self.change_conn(reason, why)
+        self.change_conn(reason, why, outdate)
         for vol in self.volumes.values():
             vol.peer_uuids = None
             vol.peer_size = 0
             self.resync.aborted(vol)
         keep = self.config.net.protocol == "C" and any(v.state.suspended for v in self.volumes.values())
-        if not keep:
+        if keep:
+            self.mirror.keep()
+        else:
             self.mirror.connection_lost()
         for vol in self.volumes.values():
             self.mirror.reads_lost(vol)

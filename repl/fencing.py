@@ -123,7 +123,7 @@ class FencingRoom:
     def all_connected(self) -> None:
         """Every volume is connected again: the peer never went, send again what it did not answer."""
         frozen = [v for v in self.e.volumes.values() if v.state.susp_fen or v.state.susp_nod]
-        if not frozen:
+        if not frozen and not self.e.mirror.kept:
             return
         for vol in self.e.volumes.values():
             vol.new_current_pending = False

@@ -80,11 +80,12 @@ class Epoch:
 class PeerFlush:
     """An empty P_DATA with the flush flag: the peer answers when everything before it is stable there."""
 
-    __slots__ = ("block_id", "volume", "waiting")
+    __slots__ = ("answers", "block_id", "volume", "waiting")
 
-    def __init__(self, volume: Volume, block_id: int) -> None:
+    def __init__(self, volume: Volume, block_id: int, answers: bool) -> None:
         self.volume = volume
         self.block_id = block_id
+        self.answers = answers  # the flushes of `Volume.flush_batch` wait for this one
         self.waiting = PEER
 
 
@@ -99,6 +100,7 @@ class Mirror:
         self.next_id = 1
         self.n_app = 0
         self.asked_for_flush = False
+        self.kept = False  # the log is from a connection that is gone, and waits for the next one
         self._log_waiters: list[Callable[[None], None]] = []
 
     # ------------------------------------------------------------------------------ entry
@@ -587,8 +589,10 @@ class Mirror:
                 self.e.resync.progressed(vol)
             return
         vol.set_out_of_sync(r.offset, r.length)
-        # On a disk that is no good copy of its own (a target that lost its source) the write would not survive.
-        if not legs & PEER_OK and not (legs & LOCAL_OK and vol.state.disk >= DiskState.CONSISTENT):
+        # On a disk that is no good copy (a target that lost its source) the write alone would not survive.
+        here = legs & LOCAL_OK and vol.state.disk >= DiskState.CONSISTENT
+        there = legs & PEER_OK and vol.state.pdsk >= DiskState.CONSISTENT
+        if not (here or there):
             r.error = errno.EIO
 
     def _release(self, vol: Volume, r: Request) -> None:
@@ -639,7 +643,7 @@ class Mirror:
         self.close_epoch()
         if vol.mirror:
             vol.flush_legs |= PEER
-            self._send_flush(vol)
+            self._send_flush(vol, answers=True)
         if vol.local:
             vol.flush_legs |= LOCAL
             vol.n_local += 1
@@ -648,9 +652,9 @@ class Mirror:
         if not vol.flush_legs:
             self._flush_done(vol)
 
-    def _send_flush(self, vol: Volume) -> None:
+    def _send_flush(self, vol: Volume, *, answers: bool = False) -> None:
         epoch = self.epoch_for_write()
-        flush = PeerFlush(vol, self.next_id)
+        flush = PeerFlush(vol, self.next_id, answers)
         self.next_id += 1
         vol.seq += 1
         self.inflight[flush.block_id] = flush
@@ -673,15 +677,17 @@ class Mirror:
 
     def flush_acked(self, flush: PeerFlush) -> None:
         flush.waiting = 0
-        for r in flush.volume.flush_batch:
-            r.legs |= PEER_OK
         self.close_epoch()
-        self._flush_leg(flush.volume, PEER)
+        if flush.answers:  # one that only shortens the log was sent before what the client wants stable
+            for r in flush.volume.flush_batch:
+                r.legs |= PEER_OK
+            self._flush_leg(flush.volume, PEER)
 
     def flush_refused(self, flush: PeerFlush) -> None:
         """The peer could not flush; the local disk alone answers."""
         flush.waiting = 0
-        self._flush_leg(flush.volume, PEER)
+        if flush.answers:
+            self._flush_leg(flush.volume, PEER)
 
     def _flush_leg(self, vol: Volume, leg: int) -> None:
         if vol.flush_batch and vol.flush_legs & leg:
@@ -706,6 +712,7 @@ class Mirror:
         self.n_log = 0
         self.barrier_at = None
         self.asked_for_flush = False
+        self.kept = False
         finished: list[Request] = []
         flushes: list[PeerFlush] = []
         volumes = self.e.volumes
@@ -748,28 +755,45 @@ class Mirror:
             r.waiting = 0
             self.enter(vol, r)
 
+    def keep(self) -> None:
+        """The connection is gone while I/O is frozen: the log stays for `replay`, or for `connection_lost`."""
+        self.kept = bool(self.epochs)
+        self.barrier_at = None
+        if self.epochs:  # no barrier of this connection may go out on the next one
+            self.epochs[-1].closed = self.epochs[-1].barrier_sent = True
+
     def replay(self) -> None:
         """The peer is back and never lost its memory: send again what it did not answer.
 
-        Writes it did answer count as if their barrier had been acknowledged.
+        What it did answer counts as written, but not yet as stable: it stays in the log until the next
+        barrier ack, so that it is not forgotten should the peer lose its memory after all.
         """
+        self.kept = False
         epochs, self.epochs = self.epochs, deque()
         self.inflight = {}
         self.n_log = 0
+        answered: list[Request] = []
         for epoch in epochs:
             for r in epoch.requests:
                 if isinstance(r, PeerFlush):
                     if r.waiting:
-                        self._send_flush(r.volume)
+                        self._send_flush(r.volume, answers=r.answers)
                     continue
                 vol = self.e.volumes[r.volume]
-                r.legs &= ~IN_LOG
                 if r.waiting & PEER:
                     r.waiting &= ~PEER
                     vol.n_pending -= 1
                     self._send(vol, r)
-                elif not r.waiting:
-                    self._drop_extents(vol, r)
+                else:
+                    answered.append(r)
+        if answered:
+            epoch = self.epoch_for_write()
+            if not epoch.n_sent:
+                self._send_flush(self.e.volumes[answered[0].volume])
+            for r in answered:
+                r.epoch = epoch
+            epoch.requests += answered
+            self.n_log += len(answered)
         self.close_epoch()
 
     def disk_gone(self, vol: Volume) -> None:
@@ -794,6 +818,8 @@ class Mirror:
 
     def oldest_unanswered(self) -> float | None:
         """When the oldest request was sent that the peer still owes an answer for."""
+        if self.kept:
+            return None
         for epoch in self.epochs:
             if epoch.barrier_sent or any(r.waiting & PEER for r in epoch.requests):
                 return epoch.since

@@ -165,12 +165,12 @@ def _follow_connection(s: State, facts: Facts) -> State:
     if s.conn < C.CONNECTED:
         keep = D.INCONSISTENT <= s.pdsk <= D.D_UNKNOWN
         s = replace(s, peer_isp=False, peer=Role.UNKNOWN, pdsk=s.pdsk if keep else D.D_UNKNOWN)
+    if s.conn < C.CONNECTED and s.disk is D.NEGOTIATING:
+        s = _end_negotiation(s, facts)
     if s.conn is C.STAND_ALONE and s.disk is D.DISKLESS and s.role is Role.SECONDARY:
         s = replace(s, aftr_isp=False)
     if s.conn > C.CONNECTED and (s.disk <= D.FAILED or s.pdsk <= D.FAILED):
         s = replace(s, conn=C.CONNECTED)
-    if s.conn < C.CONNECTED and s.disk is D.NEGOTIATING:
-        s = _end_negotiation(s, facts)
     return s
 
 
@@ -211,7 +211,9 @@ def sanitize(old: State, new: State, facts: Facts) -> State:
     s = _follow_connection(new, facts)
     if C.CONNECTED <= s.conn < C.AHEAD:  # with a peer at hand a disk is either current or being synced
         aborted = old.conn > C.CONNECTED
-        s = replace(s, disk=_settled(s.disk, s.pdsk, aborted), pdsk=_settled(s.pdsk, s.disk, aborted))
+        alone = s.conn is C.CONNECTED  # in all other states the limits say what the disks are
+        disk, pdsk = (s.disk, s.pdsk) if alone else (D.UP_TO_DATE, D.UP_TO_DATE)
+        s = replace(s, disk=_settled(s.disk, pdsk, aborted), pdsk=_settled(s.pdsk, disk, aborted))
     s = _clamp(s)
     stonith = _policy(old, facts) is Fencing.RESOURCE_AND_STONITH
     if stonith and _would_fence(s) and not _would_fence(old):

@@ -79,7 +79,7 @@ class Pair:
 
     def popen(self, node: str, *words: str, tool: str = "adm") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", f"tandem.tools.{tool}", *words, *self.where(node)],
+            [sys.executable, "-m", f"tandem.tools.{tool}", *self.where(node), *words],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

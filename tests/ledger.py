@@ -83,7 +83,7 @@ class Ledger:
         """The numbers that *block* may carry now."""
         entries = self.blocks[block]
         newest = max(entry.sent for entry in entries if entry.acknowledged)
-        return {entry.number for entry in entries if entry.settled > newest}
+        return {entry.number for entry in entries if entry.settled >= newest}
 
     def check(self, nbd: Nbd) -> int:
         """Read every block that was ever written; how many. What is found there is what there is from now on.
@@ -120,4 +120,4 @@ def number_of(data: bytes, block: int) -> int | None:
     return int(number) if data == wanted else None
 
 
-__all__ = ["BLOCK", "DEPTH", "ConnectionLost", "Ledger", "Nbd", "number_of", "stamp"]
+__all__ = ["BLOCK", "DEPTH", "ConnectionLost", "Ledger", "Nbd", "Request", "number_of", "stamp"]

@@ -80,10 +80,15 @@ class Receiver:
             self._chunk = max(min(n * 2, self._chunk_max), self._chunk_min)
         elif n < asked >> 3:
             self._chunk = max(asked >> 1, self._chunk_min)
-        if n:
+        if self._tail:
             self.feed(memoryview(data))
-            if n == asked and self._own is not None:  # the rest of the long packet is there already
-                n += max(self._receive_own(self._own), 0)
+        elif n:
+            view = memoryview(data)
+            used = self._consume(view)
+            if used < n:
+                self._keep(view[used:])
+        if n == asked and self._own is not None:  # the rest of the long packet is there already
+            n += max(self._receive_own(self._own), 0)
         return n
 
     def _receive_own(self, own: memoryview) -> int:
@@ -199,7 +204,20 @@ class Sender:
         """Send *buffers* (of bytes, format 'B') after everything sent before."""
         if self.closed:
             return
-        self.backlog += sum(map(len, buffers))
+        total = sum(map(len, buffers))
+        if not self._waiting and len(buffers) <= IOV_MAX:  # the usual case: all of it goes at once
+            try:
+                sent = self._sock.sendmsg(buffers)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._lose(error)
+                return
+            if sent == total:
+                return
+            total -= sent
+            buffers = unsent(buffers, sent)
+        self.backlog += total
         self._queue += buffers
         if not self._waiting:
             self._push()
@@ -231,8 +249,7 @@ class Sender:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.close()
-            self._on_lost(error)
+            self._lose(error)
             return
         del queue[:at]
         if bool(queue) is not self._waiting:
@@ -242,6 +259,10 @@ class Sender:
             else:
                 self._loop.remove_writer(self._sock)
 
+    def _lose(self, error: OSError) -> None:
+        self.close()
+        self._on_lost(error)
+
     def _writable(self) -> None:
         self._push()
         if self._above and self.backlog <= self._low and not self.closed:
@@ -249,6 +270,16 @@ class Sender:
             self._on_low()
         if not self.backlog and not self.closed:
             self._on_empty()
+
+
+def unsent(buffers: Sequence[Buffer], sent: int) -> list[Buffer]:
+    """What is left of *buffers* after their first *sent* bytes."""
+    for i, buffer in enumerate(buffers):
+        size = len(buffer)
+        if sent < size:
+            return [memoryview(buffer)[sent:], *buffers[i + 1 :]]
+        sent -= size
+    return []
 
 
 def prepare(sock: socket.socket) -> None:

@@ -380,6 +380,16 @@ def test_the_end_waits_until_the_last_answers_are_taken(serving: Serving, volume
         assert sorted(a.cookie for a in answers) == list(range(16))
 
 
+def test_a_client_that_says_goodbye_and_never_takes_its_answers(
+    serving: Serving, volume: RamVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.nbd.server.LINGER_S", 0.05)
+    with serving.client() as raw:
+        raw.sock.sendall(request(STRUCTURED, READ, 1, 0, 16 * MIB) + request(STRUCTURED, DISC, 2))
+        serving.all_gone()
+        assert volume.n_open == 0
+
+
 def test_a_block_status_that_breaks_is_shown(serving: Serving, volume: RamVolume) -> None:
     """Our own mistakes are not swallowed by the one task there is."""
     shown: list[str] = []

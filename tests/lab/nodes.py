@@ -206,13 +206,15 @@ class TandemNode:
             time.sleep(0.02)
 
     def uri(self, volume: int = 0) -> str:
-        return f"nbd+unix:///{RES}/{volume}?socket={self.paths.nbd(RES)}"
+        export = f"{RES}/{volume}" if volume else RES
+        return f"nbd+unix:///{export}?socket={self.paths.nbd(RES)}"
 
     def nbd(self, script: str, volume: int = 0) -> str:
         """Run a libnbd script; `h` is the connected handle."""
         done = subprocess.run(
-            ["nbdsh", "-u", self.uri(volume), "-c", script], capture_output=True, text=True, check=False, timeout=WAIT_S
-        )
+            ["/usr/bin/python3", "-m", "nbd", "-u", self.uri(volume), "-c", script], cwd="/",
+            capture_output=True, text=True, check=False, timeout=WAIT_S,
+        )  # fmt: skip
         if done.returncode:
             raise CommandFailed(f"nbdsh: {done.stderr}")
         return done.stdout

@@ -36,7 +36,6 @@ class Pair:
         self.config = config
         self.allowed: list[str] = []  # parts of kernel log lines that this cell provokes on purpose
         self.n_volumes = 1
-        self._log_mark = 0
 
     def node(self, name: str) -> Node:
         return self.kernel if name == "kernel" else self.tandem
@@ -59,7 +58,7 @@ class Pair:
     ) -> None:
         """Configuration, disk contents (different, same, zero) and fresh metadata; nothing runs yet."""
         self.allowed = []
-        self._log_mark = len(self.kernel.log())
+        self.kernel.guest.clear_kernel_log()
         self.configure(options, volumes, tandem_options)
         with contextlib.suppress(FileNotFoundError):
             self.tandem.log_file.unlink()
@@ -97,7 +96,7 @@ class Pair:
         """Everything down; the kernel's complaints since `prepare`."""
         log: list[str] = []
         if self.kernel.guest.running:
-            log = self.kernel.log()[self._log_mark :]
+            log = self.kernel.log()
             self.kernel.adm("down", RES, check=False)
             if self.kernel.state().cs != UNCONFIGURED:
                 self.kernel.guest.kill()
@@ -109,10 +108,6 @@ class Pair:
             for line in log
             if any(word in line for word in BAD_WORDS) and not any(part in line for part in self.allowed)
         ]
-
-    def kernel_rebooted(self) -> None:
-        """The kernel's log starts anew."""
-        self._log_mark = 0
 
     # ------------------------------------------------------------------------------------- looking
 
@@ -152,7 +147,7 @@ class Pair:
     def resync_counts(self) -> list[int]:
         """KiB of every resync that the kernel began in this cell."""
         counts = []
-        for line in self.kernel.log()[self._log_mark :]:
+        for line in self.kernel.log():
             if "Began resync as" in line:
                 counts.append(int(line.partition("will sync ")[2].split()[0]))
         return counts

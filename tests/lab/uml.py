@@ -133,7 +133,7 @@ class Guest:
         argv = [
             "setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", str(KERNEL),
             f"mem={self.memory}", f"umid={self.name}{self.n_boots}", f"uml_dir={self.lab.work}",
-            "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "con=null", "con0=fd:0,fd:1",
+            "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "log_buf_len=4M", "con=null", "con0=fd:0,fd:1",
             f"init={HERE}/guest/init", f"guest_env={settings}",
         ]  # fmt: skip
         argv += [f"ubd{i}={path}" for i, path in enumerate(self.disks)]
@@ -223,7 +223,11 @@ class Guest:
         return str(reply["out"])
 
     def kernel_log(self) -> list[str]:
+        """What the kernel said since it booted, or since `clear_kernel_log`."""
         return self.run("dmesg").out.splitlines()
+
+    def clear_kernel_log(self) -> None:
+        self.run("dmesg", "-C")
 
     def _ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
         with socket.create_connection((self.control, AGENT_PORT), 5.0) as sock:

@@ -92,6 +92,7 @@ def node_step(node: Node, words: list[str]) -> None:
         case ["up"]:
             node.start()
             node.command("attach", None, {})
+            node.pair.settle()
             node.command("connect", None, {})
         case ["kill"]:
             node.crash(power=False)

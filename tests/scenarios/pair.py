@@ -328,6 +328,8 @@ class Node:
         if not pipe.incoming:
             if not pipe.end_visible:
                 return False
+            if end.inbound[1 - socket].incoming:  # what the peer said before is heard first, as the edge does
+                return self.receive(1 - socket)
             pipe.at_end = True
             self.pair.say(f"{self.name}  . sees the {('data', 'meta')[socket]} socket end")
             engine.handle(LinkLost(end.ticket, "the peer closed the connection", meta=bool(socket)), self.pair.now)

@@ -148,10 +148,10 @@ def _may_promote(world: World, node: Node) -> bool:
         return False
     if world.mix.risky or world.mix.fencing is not Fencing.DONT_CARE:
         return True
-    return not any(_behind(world, node, v) for v in range(world.mix.n_volumes))
+    return not any(behind(world, node, v) for v in range(world.mix.n_volumes))
 
 
-def _behind(world: World, node: Node, volume: int) -> bool:
+def behind(world: World, node: Node, volume: int) -> bool:
     """Does the peer's disk know a newer generation, or answered writes that this one lacks?"""
     peer = world.peer_of(node)
     if world.ledgers[volume].copies[node.index].lacks:

@@ -12,6 +12,8 @@ from tandem.repl.config import Fencing
 from tandem.repl.events import RunHandler
 from tandem.repl.states import DiskState
 
+from . import admin
+
 if TYPE_CHECKING:
     from .node import Node
     from .world import World
@@ -35,6 +37,8 @@ def run(world: World, node: Node, effect: RunHandler) -> int:
 def _fence(world: World, node: Node) -> int:
     peer = world.peer_of(node)
     stonith = world.mix.fencing is Fencing.RESOURCE_AND_STONITH
+    if not node.primary and any(admin.behind(world, node, v) for v in range(world.mix.n_volumes)):
+        return PEER_IS_PRIMARY if peer.primary else BROKEN  # a cluster manager remembers who was Primary last
     if peer.engine is None:
         return PEER_UNREACHABLE
     if peer.primary and not peer.state().susp_fen:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -401,15 +400,16 @@ def test_help_of_every_command(tool: Adm) -> None:
 
 
 def test_time_of_a_question_is_short(tool: Adm) -> None:
-    """150 ms are promised on an idle machine; a loaded one gets three times that, the best of five."""
-    best = min(_seconds(tool) for _ in range(5))
-    assert best < 0.45
+    """150 ms are promised on an idle machine. Processor time is measured, the least of five, because the
+    machine that runs the tests is not idle; slow imports would show as several times that."""
+    assert min(_processor_seconds(tool) for _ in range(5)) < 0.3
 
 
-def _seconds(tool: Adm) -> float:
-    began = time.monotonic()
+def _processor_seconds(tool: Adm) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "tandem.tools.adm", *tool.where, "status"],
-        stdout=subprocess.DEVNULL, check=True, env=os.environ,
+        stdout=subprocess.DEVNULL, check=True,
     )  # fmt: skip
-    return time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
