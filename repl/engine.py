@@ -473,7 +473,7 @@ class Engine:
         self._maybe_connect()
 
     def stand_alone(self, why: str, outdate: str = "") -> None:
-        """The connection is over and stays so until the administrator connects again; *outdate* as in `drop`."""
+        """The connection is over until the administrator connects again; *outdate* as in `drop`."""
         if self.cstate == ConnState.STAND_ALONE:
             return
         if why:

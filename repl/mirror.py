@@ -741,6 +741,15 @@ class Mirror:
                 self.kick_activity_log(vol)
         self._log_shrank()
 
+    def n_bits_held(self, vol: Volume) -> int:
+        """How many bits may still be set only because our own disk is slower than the sync target's."""
+        return sum(
+            ((r.offset + r.length + 4095) >> 12) - (r.offset >> 12)
+            for epoch in self.epochs
+            for r in epoch.requests
+            if type(r) is Request and r.volume == vol.number and r.legs & IN_SYNC and r.waiting & LOCAL
+        )
+
     def log_out_of_sync(self, vol: Volume) -> None:
         """The peer lost its disk: nothing it holds unflushed counts any more."""
         for epoch in self.epochs:
@@ -756,7 +765,7 @@ class Mirror:
             self.enter(vol, r)
 
     def keep(self) -> None:
-        """The connection is gone while I/O is frozen: the log stays for `replay`, or for `connection_lost`."""
+        """The connection is gone while I/O is frozen: the log stays for `replay` or `connection_lost`."""
         self.kept = bool(self.epochs)
         self.barrier_at = None
         if self.epochs:  # no barrier of this connection may go out on the next one

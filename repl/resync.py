@@ -126,7 +126,8 @@ class Resync:
                 self.e.stand_alone(f"before-resync-source handler exited with {code}")
                 return
             sync_uuid = vol.uuids.sync_uuid(self.e.random64())
-            vol.sync_ending = False
+            # Until its first request the target may still be UpToDate in the generation we share.
+            vol.sync_ending = not vol.uuids.bitmap
             vol.uuids = vol.uuids.set_bitmap_with_history(sync_uuid)
             self.e.write_superblock(vol, lambda ok: durable(ok, sync_uuid))
 
@@ -144,7 +145,8 @@ class Resync:
     def receive_sync_uuid(self, vol: Volume, sync_uuid: int) -> None:
         """P_SYNC_UUID: we become the target of this generation."""
         conn = vol.state.conn
-        if conn in (ConnState.STARTING_SYNC_T, ConnState.WF_BITMAP_T):
+        asked = conn == ConnState.CONNECTED and self.e.agreement.busy(vol)  # its yes comes on the other socket
+        if asked or conn in (ConnState.STARTING_SYNC_T, ConnState.WF_BITMAP_T):
             vol.pending_sync_uuid = sync_uuid
             return
         if conn not in (ConnState.WF_SYNC_UUID, ConnState.BEHIND):
@@ -407,6 +409,9 @@ class Resync:
         if vol.state.disk != DiskState.UP_TO_DATE:
             self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
             return
+        if vol.sync_ending:  # it has taken the sync UUID and is not through
+            vol.sync_ending = False
+            self.e.write_superblock(vol, None)
         link = self.e.link.ticket
         offset = sector << 9
         blocker = vol.intervals.blocker(offset, size)
@@ -477,7 +482,7 @@ class Resync:
         ending = [
             v for v in self.e.volumes.values()
             if v.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S)
-            and not v.bitmap.weight and not v.sync_ending
+            and not v.sync_ending and v.bitmap.weight <= self.e.mirror.n_bits_held(v)
         ]  # fmt: skip
         if not ending:
             then()

@@ -468,6 +468,9 @@ def command(
 ) -> None:  # fmt: skip
     """Replicate RESOURCE: attach its disks, connect to the peer, offer its volumes over NBD."""
     paths = NodePaths(Path(run_dir).absolute(), node)
+    os.environ |= {  # for the handlers, which inherit it
+        "TANDEM_CONFIG": config_file, "TANDEM_NODE": node, "TANDEM_RUN_DIR": str(paths.run_dir),
+    }  # fmt: skip
     options = Options(resource, config_file, paths, background, ready_fd)
     if foreground or background:
         sys.exit(serve(options))

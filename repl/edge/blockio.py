@@ -154,7 +154,7 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     return 0
 
 
-def unwritten(buffers: list[Buffer], n: int) -> list[Buffer]:
+def unwritten(buffers: Sequence[Buffer], n: int) -> list[Buffer]:
     """What is left of *buffers* after their first *n* bytes."""
     for i, buffer in enumerate(buffers):
         size = len(buffer)

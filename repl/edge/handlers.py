@@ -48,7 +48,7 @@ def environment(
         "DRBD_RESOURCE": config.name,
         "DRBD_CONF": config.file,
         "DRBD_PEER": config.peer,
-        "DRBD_PEERS": config.peer,
+        "DRBD_PEERS": " ".join(config.peer_names) or config.peer,
         "DRBD_PEER_AF": config.peer_address.family,
         "DRBD_PEER_ADDRESS": config.peer_address.host,
         "DRBD_PEER_NODE_ID": str(config.peer_node_id),
@@ -59,6 +59,8 @@ def environment(
         f"DRBD_NODE_ID_{config.peer_node_id}": config.peer,
         "DRBD_DONT_WARN_ON_VERSION_MISMATCH": "1",
     }
+    # So that `tandemadm` in a handler speaks of this installation, wherever its directories are.
+    env |= {key: value for key, value in os.environ.items() if key.startswith("TANDEM_")}
     one = config.volume(volume) if volume is not None else None
     if one is not None:
         env["DRBD_MINOR"] = str(one.minor)

@@ -19,6 +19,8 @@ from typing import Final
 import numpy
 from tandem.repl.requests import Buffer
 
+from .blockio import unwritten
+
 CHUNK_MIN: Final = 64 << 10  # what a quiet connection asks the kernel for
 CHUNK_MAX: Final = 1 << 20  # more does not make the batches better, and a kept slice keeps all of it
 CHUNK_PROBE: Final = 4 << 10  # after a long packet: another is likely, and its payload is not to be copied
@@ -215,21 +217,21 @@ class Sender:
                 return
             if sent == total:
                 return
-            total -= sent
-            buffers = unsent(buffers, sent)
-        self.backlog += total
-        self._queue += buffers
-        if not self._waiting:
-            self._push()
+            self.backlog += total - sent
+            self._queue += unwritten(buffers, sent)
+            self._wait(True)
+        else:
+            self.backlog += total
+            self._queue += buffers
+            if not self._waiting:
+                self._push()
         if self.backlog > self._high and not self._above:
             self._above = True
             self._on_high()
 
     def close(self) -> None:
         """Drop what is not sent. The socket stays open; it is the owner's."""
-        if self._waiting:
-            self._loop.remove_writer(self._sock)
-            self._waiting = False
+        self._wait(False)
         self.closed = True
         self._queue.clear()
         self.backlog = 0
@@ -252,9 +254,13 @@ class Sender:
             self._lose(error)
             return
         del queue[:at]
-        if bool(queue) is not self._waiting:
-            self._waiting = not self._waiting
-            if self._waiting:
+        self._wait(bool(queue))
+
+    def _wait(self, wanted: bool) -> None:
+        """Be called when the socket is writable, or no longer."""
+        if wanted is not self._waiting:
+            self._waiting = wanted
+            if wanted:
                 self._loop.add_writer(self._sock, self._writable)
             else:
                 self._loop.remove_writer(self._sock)
@@ -270,16 +276,6 @@ class Sender:
             self._on_low()
         if not self.backlog and not self.closed:
             self._on_empty()
-
-
-def unsent(buffers: Sequence[Buffer], sent: int) -> list[Buffer]:
-    """What is left of *buffers* after their first *sent* bytes."""
-    for i, buffer in enumerate(buffers):
-        size = len(buffer)
-        if sent < size:
-            return [memoryview(buffer)[sent:], *buffers[i + 1 :]]
-        sent -= size
-    return []
 
 
 def prepare(sock: socket.socket) -> None:

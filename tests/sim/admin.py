@@ -287,6 +287,8 @@ class Healer:
             for v in range(world.mix.n_volumes):
                 victim.create_md(v)
             victim.boot()
+            if world.peer_of(victim).state().conn is C.STAND_ALONE:
+                world.peer_of(victim).command("connect")
             return
         if victim.state().conn is not C.STAND_ALONE:
             victim.command("disconnect")
