@@ -57,6 +57,7 @@ from .wire import pack_ack
 
 RETRY_S = 1.0  # after a handshake that failed on our side, before trying again
 LINGER_S = 0.5  # how long a last answer may take to leave
+NOTHING = Outbox()  # what `take` returns, the same each time, when there is nothing to do
 
 
 class Entropy(Protocol):
@@ -156,7 +157,10 @@ class Engine:
 
     def take(self) -> Outbox:
         """Everything to be done since the last call."""
-        out, self.out = self.out, Outbox()
+        out = self.out
+        if not out:
+            return NOTHING
+        self.out = Outbox()
         return out
 
     @property

@@ -262,7 +262,7 @@ class Link:
         """Consume whole packets; returns how many bytes."""
         at, n = 0, len(view)
         self.e.liveness.heard()
-        while at < n and self.alive:
+        while at < n and self.stage is not Stage.DOWN:
             if self.stage is not Stage.OPEN:
                 used = self._handshake_packet(view[at:])
                 if not used:
@@ -409,6 +409,8 @@ class Link:
     def _data_reply(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, _, _ = unpack_data(payload)
         data = self._payload(payload, payload[24:])
+        if self.e.mirror.fence_passed(block_id):
+            return
         r: Request | None = vol.reads.get(block_id)
         if r is None or r.offset != sector << 9 or r.length != len(data):
             raise PeerProtocolError(f"P_DATA_REPLY nobody asked for: sector {sector}, {len(data)} bytes")
@@ -454,42 +456,55 @@ class Link:
                 self.meta_backlog += bytes(view)
             return len(view)
         at, n = 0, len(view)
-        unpack, inflight, volumes = ACK.unpack_from, self.e.mirror.inflight, self.e.volumes
         finished: list[Request] = []
         self.e.liveness.heard_meta()
-        while n - at >= HEADER and self.alive:
-            if n - at >= 40:
-                magic, number, cmd, length, pad, sector, block_id, size, _ = unpack(view, at)
-                if cmd == Packet.WRITE_ACK and magic == MAGIC and length == 24 and not pad:
-                    r = inflight.pop(block_id, None)
-                    at += 40
-                    if r is None or isinstance(r, PeerFlush):
-                        self._flush_or_unknown(number, sector, block_id, r)
-                        inflight = self.e.mirror.inflight
-                    else:
-                        if r.offset >> 9 != sector:
-                            raise PeerProtocolError(f"ack for sector {sector}, the write was at {r.offset >> 9}")
-                        r.legs |= PEER_OK
-                        if r.waiting & PEER:
-                            r.waiting &= ~PEER
-                            volumes[number].n_pending -= 1
-                            if not r.waiting:
-                                finished.append(r)
-                    continue
-            number, cmd, length = parse_header(view, at)
-            check_meta(cmd, length)
-            if n - at - HEADER < length:
-                break
-            payload = view[at + HEADER : at + HEADER + length]
-            at += HEADER + length
-            if finished and cmd not in _ACKS:
+        try:
+            while n - at >= HEADER and self.alive:
+                at = self._write_acks(view, at, finished)
+                if n - at < HEADER:
+                    break
+                number, cmd, length = parse_header(view, at)
+                check_meta(cmd, length)
+                if n - at - HEADER < length:
+                    break
+                payload = view[at + HEADER : at + HEADER + length]
+                at += HEADER + length
+                if finished and cmd not in _ACKS:
+                    done, finished = finished, []
+                    self.e.mirror.finish(done)
+                self._meta_packet(number, cmd, payload, finished)
+        finally:  # what was acked before any nonsense is answered all the same
+            if finished:
                 self.e.mirror.finish(finished)
-                finished = []
-            self._meta_packet(number, cmd, payload, finished)
-            inflight = self.e.mirror.inflight
-        if finished:
-            self.e.mirror.finish(finished)
         return at if self.alive else n
+
+    def _write_acks(self, view: memoryview, at: int, finished: list[Request]) -> int:
+        """Take the run of P_WRITE_ACK for ordinary writes that starts at *at*; returns where it ends."""
+        unpack, end = ACK.unpack_from, len(view) - 40
+        inflight, volumes, n_pending = self.e.mirror.inflight, self.e.volumes, 0
+        vol: Volume | None = None
+        while at <= end:
+            magic, _, cmd, length, pad, sector, block_id, _, _ = unpack(view, at)
+            if cmd != _WRITE_ACK or magic != MAGIC or length != 24 or pad:
+                break
+            r = inflight.get(block_id)
+            if type(r) is not Request or r.offset >> 9 != sector:
+                break  # a flush, or an ack that fits nothing
+            del inflight[block_id]
+            at += 40
+            r.legs |= PEER_OK
+            if r.waiting & PEER:
+                if vol is None or vol.number != r.volume:
+                    if vol is not None:
+                        vol.n_pending -= n_pending
+                    vol, n_pending = volumes[r.volume], 0
+                n_pending += 1
+                r.waiting &= ~PEER
+                if not r.waiting:
+                    finished.append(r)
+        if vol is not None:
+            vol.n_pending -= n_pending
+        return at
 
     def _flush_or_unknown(self, number: int, sector: int, block_id: int, r: PeerFlush | Request | None) -> None:
         if r is None:
@@ -537,6 +552,8 @@ class Link:
             r = e.mirror.inflight.pop(block_id, None)
             if r is None or isinstance(r, PeerFlush):
                 self._flush_or_unknown(vol.number, sector, block_id, r)
+            elif r.offset >> 9 != sector:
+                raise PeerProtocolError(f"ack for sector {sector}, the write was at {r.offset >> 9}")
             else:
                 e.mirror.peer_acked(r, cmd == Packet.RS_WRITE_ACK, finished)
         elif cmd == Packet.NEG_ACK:
@@ -553,6 +570,7 @@ class Link:
             raise PeerProtocolError(f"{Packet(cmd).name} without two Primaries")
 
 
+_WRITE_ACK: Final = int(Packet.WRITE_ACK)
 _CONNECTION_WIDE: Final = frozenset(
     (Packet.PROTOCOL, Packet.PROTOCOL_UPDATE, Packet.BARRIER, Packet.CONN_ST_CHG_REQ, Packet.UNPLUG_REMOTE)
 )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from .meta_writer import CallbackOp
 from .requests import FUA, MAY_UNMAP, DiskOp, Op, Request
 from .states import ConnState, DiskState, Role
-from .units import extents_touched
+from .units import SECTOR, extents_touched
 from .volume import Volume
 from .wire import (
     DATA_PACKET,
@@ -93,6 +93,7 @@ class Mirror:
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.inflight: dict[int, Request | PeerFlush] = {}
+        self.fences: dict[int, PeerFlush] = {}  # flushes that a read behind a barrier stands for
         self.epochs: deque[Epoch] = deque()
         self.n_log = 0
         self.barrier_nr = 0
@@ -252,6 +253,8 @@ class Mirror:
 
     def read_refused(self, vol: Volume, block_id: int) -> None:
         """P_NEG_DREPLY: another copy, or an error."""
+        if self.fence_passed(block_id):
+            return
         r = vol.reads.pop(block_id, None)
         if r is not None:
             if vol.readable_locally(r.offset, r.length):
@@ -653,6 +656,9 @@ class Mirror:
             self._flush_done(vol)
 
     def _send_flush(self, vol: Volume, *, answers: bool = False) -> None:
+        if self.e.integrity and not self.e.link.peer_sends_flushes:
+            self._send_fence(vol, answers)
+            return
         epoch = self.epoch_for_write()
         flush = PeerFlush(vol, self.next_id, answers)
         self.next_id += 1
@@ -665,6 +671,30 @@ class Mirror:
             pack_data(Packet.DATA, vol.number, 0, flush.block_id, vol.seq & 0xFFFFFFFF,
                       DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())  # fmt: skip
         )
+
+    def _send_fence(self, vol: Volume, answers: bool) -> None:
+        """Have a kernel with data-integrity-alg flush; no empty P_DATA then.
+
+        DRBD 8.4.11 computes the digest of an empty P_DATA over a page that is not there and takes its
+        host down (drbd_csum_ee). But it flushes its disks at each barrier before it looks at what
+        follows (receive_Barrier), so the answer to a read behind the barrier says that it has.
+        """
+        self.close_epoch()
+        if answers:
+            fence = PeerFlush(vol, self.next_id, answers)
+            self.next_id += 1
+            self.fences[fence.block_id] = fence
+            self.e.out.data.append(
+                pack_block_req(Packet.DATA_REQUEST, vol.number, 0, fence.block_id, SECTOR)
+            )
+
+    def fence_passed(self, block_id: int) -> bool:
+        """The peer answered a read; False unless it stands for a flush. A refusal passed the barrier too."""
+        fence = self.fences.pop(block_id, None)
+        if fence is None:
+            return False
+        self.flush_acked(fence)
+        return True
 
     def _flushed_locally(self, vol: Volume, op: DiskOp) -> None:
         vol.n_local -= 1
@@ -714,7 +744,8 @@ class Mirror:
         self.asked_for_flush = False
         self.kept = False
         finished: list[Request] = []
-        flushes: list[PeerFlush] = []
+        flushes: list[PeerFlush] = list(self.fences.values())
+        self.fences = {}
         volumes = self.e.volumes
         for epoch in epochs:
             for r in epoch.requests:
@@ -782,6 +813,7 @@ class Mirror:
         self.inflight = {}
         self.n_log = 0
         answered: list[Request] = []
+        fences, self.fences = self.fences, {}
         for epoch in epochs:
             for r in epoch.requests:
                 if isinstance(r, PeerFlush):
@@ -804,6 +836,8 @@ class Mirror:
             epoch.requests += answered
             self.n_log += len(answered)
         self.close_epoch()
+        for fence in fences.values():
+            self._send_flush(fence.volume, answers=fence.answers)
 
     def disk_gone(self, vol: Volume) -> None:
         """The local disk was detached: what waited for its activity log goes on without it."""

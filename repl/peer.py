@@ -160,6 +160,9 @@ class Peer:
             why="initial sync skipped",
         )  # fmt: skip
         self.e.write_superblock(vol, None)
+        # The commanding kernel keeps the UUIDs it was sent in the handshake, which said 4; as the target of
+        # a later full sync it would end with them as its own (drbd_resync_finished) and not know its data.
+        self.send_uuids(vol)
 
     # ------------------------------------------------------------------------------ states
 

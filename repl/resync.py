@@ -197,6 +197,9 @@ class Resync:
     def progressed(self, vol: Volume) -> None:
         """Something on this volume moved: ask for more, or end."""
         run = vol.target
+        if vol.target_done and vol.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S):
+            self.peer_finished(vol)
+            return
         if run is None or run.asking or not run.ready or vol.state.conn != ConnState.SYNC_TARGET:
             return
         if vol.n_untracked:
@@ -216,13 +219,17 @@ class Resync:
         busy = self.e.now - vol.last_app_io < BUSY_S or vol.n_unacked or vol.n_app
         return WINDOW_BUSY if busy else WINDOW_IDLE
 
+    @staticmethod
+    def _rate(vol: Volume) -> int:
+        """The configured maximum rate in bytes per second; 0: none."""
+        options = vol.config.disk_options
+        return 1024 * (options.c_max_rate if options.c_plan_ahead else options.resync_rate)
+
     def _allowance(self, vol: Volume, run: TargetRun) -> float:
         """Bytes the configured maximum rate allows now; infinite without one."""
-        options = vol.config.disk_options
-        rate = options.c_max_rate if options.c_plan_ahead else options.resync_rate
+        rate = self._rate(vol)
         if not rate:
             return float("inf")
-        rate *= 1024
         run.tokens = min(run.tokens + (self.e.now - run.tokens_at) * rate, max(rate * 0.2, IO_MAX))
         run.tokens_at = self.e.now
         return run.tokens
@@ -502,7 +509,9 @@ class Resync:
     def peer_finished(self, vol: Volume) -> bool:
         """P_STATE says the target is done: end as source. False when our bits say otherwise."""
         if vol.bitmap.weight > vol.rs_failed:
+            vol.target_done = True  # writes that our own disk still owes us clear the rest (`progressed`)
             return False
+        vol.target_done = False
         vol.source = None
         vol.sync_ending = False
         if not vol.rs_failed:
@@ -542,6 +551,7 @@ class Resync:
     def aborted(self, vol: Volume) -> None:
         """The connection or a disk went: forget the run; the bits stay."""
         run, vol.target, vol.source = vol.target, None, None
+        vol.target_done = False
         if run is not None:
             for lock in run.out.values():
                 for wake in vol.intervals.remove(lock):
@@ -556,8 +566,10 @@ class Resync:
             times.append(vol.rs_marks[-1][0] + MARK_S if vol.rs_marks else self.e.now + MARK_S)
             run = vol.target
             if run is not None and run.ready and not run.ending and vol.state.conn == ConnState.SYNC_TARGET:
-                if run.tokens <= 0 and self._allowance(vol, run) <= 0:
-                    times.append(self.e.now + 0.05)
+                rate = self._rate(vol)
+                if rate and run.tokens <= 0 and not vol.n_untracked:
+                    # A fixed moment: one that moved with every event would never come under load.
+                    times.append(run.tokens_at + (1 - run.tokens) / rate)
         return min(times, default=None)
 
     def tick(self, now: float) -> None:

@@ -85,6 +85,7 @@ def failover_lines(pair: Pair) -> list[str]:
 
 
 def advice(pair: Pair) -> str:
+    """What the demonstration prints when both nodes are ready."""
     one, other = pair.nodes
     parts = [
         f"The export of {one.name}, mirrored to {other.name}:\n\n    {one.uri}",

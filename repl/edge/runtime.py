@@ -119,6 +119,7 @@ class Runtime:
         self.handlers = Handlers(self._report, self._notify, handler_limit_s)
         self._posted: Completions[Callable[[], None]] = Completions(loop, self._run_posted, self._fatal)
         self._inside = False  # a wake-up is being worked on
+        self._fresh = True  # something was told to the machine since it was last asked what it wants
         self._stopped = False
         self._disk_full = False  # DISK_BACKLOG_HIGH was passed, DISK_BACKLOG_LOW not reached since
         self._events: deque[Event] = deque()
@@ -214,6 +215,7 @@ class Runtime:
         if self._stopped:
             return
         if self._inside:
+            self._fresh = True
             call(*args)  # the flush we are in goes round once more
             return
         self._inside = True
@@ -238,9 +240,11 @@ class Runtime:
         """Carry out what the machine wants until it wants nothing and nobody has anything new for it."""
         engine, link, disk = self.engine, self.link, self.disk
         finished: list[Request] = []
+        self._fresh = True
         while not self._stopped:
-            out = engine.take()
-            if out:
+            if self._fresh:
+                self._fresh = False
+                out = engine.take()
                 if out.data:
                     link.send_data(out.data)
                 if out.meta:
@@ -251,8 +255,10 @@ class Runtime:
                 finished += out.done
                 if ended:
                     engine.disk_done(ended)
+                    self._fresh = True
             elif self._events:
                 engine.handle(self._events.popleft(), engine.now)
+                self._fresh = True
             elif finished:
                 batch, finished = finished, []
                 deliver(batch)
@@ -264,7 +270,8 @@ class Runtime:
                     resume()
             else:
                 break
-        self._watch_disk()
+        if disk.backlog or self._disk_full:
+            self._watch_disk()
         self._look_soon()
 
     def _publish(self) -> None:

@@ -36,13 +36,10 @@ def two_nodes(lab: Lab) -> Pair:
 def pair(two_nodes: Pair, request: pytest.FixtureRequest) -> Iterator[Pair]:
     """One cell of the matrix: everything is down before and after, the kernel has not complained."""
     yield two_nodes
-    log = "\n".join(two_nodes.tandem.log()[-60:])
-    states = two_nodes.states() if two_nodes.kernel.guest.running else ("(kernel is off)", two_nodes.tandem.state())
-    kernel_log = "\n".join(two_nodes.kernel.log()[-60:]) if two_nodes.kernel.guest.running else ""
+    told = two_nodes.both_logs()
     complaints = two_nodes.stop()
-    failed = getattr(request.node, "failed", False) or bool(complaints)
-    if failed:
-        print(f"--- kernel {states[0]}\n--- tandem {states[1]}\n--- kernel log\n{kernel_log}\n--- tandem log\n{log}")
+    if getattr(request.node, "failed", False) or complaints:
+        print(told)
     assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
 
 

@@ -141,7 +141,7 @@ class KernelNode:
     def fio(self, *options: str, volume: int = 0) -> str:
         # Threads: fio's processes would share a part of memory that the guest's small /dev/shm must hold.
         return self.guest.run(
-            "fio", "--thread", f"--filename=/dev/drbd{volume}", "--ioengine=libaio", "--direct=1", *options,
+            "fio", "--thread", "--verify_state_save=0", f"--filename=/dev/drbd{volume}", "--ioengine=libaio", "--direct=1", *options,
             limit_s=300,
         ).out  # fmt: skip
 
@@ -205,6 +205,10 @@ class TandemNode:
         while self.state().cs != UNCONFIGURED and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def freeze(self, on: bool) -> None:
+        """Stop the daemon in mid-air, or let it go on."""
+        os.kill(int(self.paths.pid(RES).read_text()), signal.SIGSTOP if on else signal.SIGCONT)
+
     def uri(self, volume: int = 0) -> str:
         export = f"{RES}/{volume}" if volume else RES
         return f"nbd+unix:///{export}?socket={self.paths.nbd(RES)}"
@@ -243,7 +247,7 @@ class TandemNode:
 
     def fio(self, *options: str, volume: int = 0) -> str:
         done = subprocess.run(
-            ["fio", "--thread", "--ioengine=nbd", f"--uri={self.uri(volume)}", *options],
+            ["fio", "--thread", "--verify_state_save=0", "--ioengine=nbd", f"--uri={self.uri(volume)}", *options],
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         if done.returncode:

@@ -95,6 +95,9 @@ class Pair:
     def stop(self) -> list[str]:
         """Everything down; the kernel's complaints since `prepare`."""
         log: list[str] = []
+        if self.kernel.guest.running and not self.kernel.guest.answers():
+            self.kernel.guest.kill()
+            log = ["BUG: the guest hung"]
         if self.kernel.guest.running:
             log = self.kernel.log()
             self.kernel.adm("down", RES, check=False)
@@ -143,6 +146,17 @@ class Pair:
             text = node.adm("get-gi", RES).out.split(":")
             found.append([f"{int(word, 16) & ~1:016X}" for word in text[:4]])
         return found[0], found[1]
+
+    def both_logs(self) -> str:
+        """What a failed cell is explained with: states, and the end of both logs."""
+        if not self.kernel.guest.running:
+            kernel = ["(off)"]
+        elif self.kernel.guest.answers():
+            kernel = [str(self.kernel.state()), *self.kernel.log()[-60:]]
+        else:
+            kernel = ["(does not answer)", self.kernel.guest.console_tail()]
+        tandem = [str(self.tandem.state()), *self.tandem.log()[-60:]]
+        return "\n".join(["--- kernel", *kernel, "--- tandem", *tandem])
 
     def resync_counts(self) -> list[int]:
         """KiB of every resync that the kernel began in this cell."""

@@ -149,14 +149,22 @@ class Guest:
         deadline = time.monotonic() + BOOT_S
         while True:
             if not self.running:
-                raise LabError(f"{self.name} ended while booting; console:\n{self._console_tail()}")
+                raise LabError(f"{self.name} ended while booting; console:\n{self.console_tail()}")
             try:
                 self._ask({"read": "/proc/version"}, 5.0)
                 return
             except OSError:
                 if time.monotonic() > deadline:
-                    raise LabError(f"{self.name} does not answer:\n{self._console_tail()}") from None
+                    raise LabError(f"{self.name} does not answer:\n{self.console_tail()}") from None
                 time.sleep(0.1)
+
+    def answers(self) -> bool:
+        """Is the guest alive enough to read a file of its own?"""
+        try:
+            self._ask({"read": "/proc/version"}, 20.0)
+        except OSError:
+            return False
+        return True
 
     def kill(self) -> None:
         """Cut the power; returns when nothing of the guest is left."""
@@ -239,7 +247,7 @@ class Guest:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _console_tail(self) -> str:
+    def console_tail(self) -> str:
         return self.console.read_bytes()[-3000:].decode("latin-1")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tandem.repl.attach import LoadedDisk
 from tandem.repl.bitmap import Bitmap
+from tandem.repl.bitmap_exchange import BitmapSender
 from tandem.repl.engine import Engine
 from tandem.repl.errors import Refusal
 from tandem.repl.events import (
@@ -44,6 +45,7 @@ from tandem.repl.wire import (
     pack_ack,
     pack_state,
     pack_state_reply,
+    pack_sync_uuid,
     packet,
     parse_header,
     parse_header80,
@@ -53,6 +55,7 @@ from .pair import GENERATIONS, Entropy, Given
 
 IN_SYNC = MdFlag.CONSISTENT | MdFlag.WAS_UP_TO_DATE | MdFlag.AL_CLEAN
 FEATURES_ALL = 15
+SYNC_UUID = 0x1_0000_0000_0010
 PEER_SECONDARY = State(Role.SECONDARY, Role.UNKNOWN, ConnState.WF_CONNECTION, DiskState.UP_TO_DATE)
 
 
@@ -311,6 +314,44 @@ class Lone:
         """Attached and connected to a Primary; the logs are empty."""
         self.attach()
         self.connect(replace(PEER_SECONDARY, role=Role.PRIMARY), **how)
+        self.forget()
+        return self
+
+    def bitmap_packets(self, *ranges: tuple[int, int]) -> bytes:
+        """The peer's bitmap, with these ranges of bits set."""
+        bitmap = Bitmap(self.vol.n_bits)
+        for first, end in ranges:
+            bitmap.set(first, end)
+        sender, out = BitmapSender(bitmap, 0, True), b""
+        while not sender.done:
+            out += b"".join(sender.packets(1 << 20))
+        return out
+
+    def target(self, *ranges: tuple[int, int], role: Role = Role.PRIMARY) -> Lone:
+        """SyncTarget of a peer in that role with these ranges out of sync; the logs are empty."""
+        self.attach(generations=(0x10, 0, 0, 0))
+        peer = replace(PEER_SECONDARY, role=role)
+        self.connect(peer, uuids=(0x20, 0x10, 0, 0), bits=sum(b - a for a, b in ranges))
+        assert self.state.conn == ConnState.WF_BITMAP_T
+        self.data(self.bitmap_packets(*ranges))
+        self.forget()
+        self.data(pack_sync_uuid(SYNC_UUID, 0))
+        self.settle()
+        assert self.state.conn == ConnState.SYNC_TARGET
+        return self
+
+    def source(self, *ranges: tuple[int, int], primary: bool = True) -> Lone:
+        """SyncSource with these ranges out of sync on the peer; the logs are empty."""
+        self.attach(generations=(0x20, 0x10, 0, 0))
+        for first, end in ranges:
+            self.vol.bitmap.set(first, end)
+        if primary:
+            assert self.run("primary") == "done"
+        self.connect(uuids=(0x10, 0, 0, 0))
+        assert self.state.conn == ConnState.WF_BITMAP_S
+        self.data(self.bitmap_packets(*ranges))
+        self.settle()
+        assert self.state.conn == ConnState.SYNC_SOURCE
         self.forget()
         return self
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from tandem.repl import attach
 from tandem.repl.activity_log import initialised_block
-from tandem.repl.config import DiskOptions, Endpoint, NetOptions, ResourceConfig, ResourceOptions, VolumeConfig
+from tandem.repl.config import (
+    DiskOptions,
+    Endpoint,
+    NetOptions,
+    ResourceConfig,
+    ResourceOptions,
+    VolumeConfig,
+)
 from tandem.repl.engine import Engine
 from tandem.repl.errors import MetadataError, Refusal
 from tandem.repl.events import (
@@ -36,6 +43,7 @@ from tandem.repl.events import (
 from tandem.repl.metadata import BLOCK_SIZE, MdFlag, Superblock, layout
 from tandem.repl.requests import DATA, META, Op, Request
 from tandem.repl.wire import Feature, Packet
+
 from tests.sim.chooser import ScriptedChooser
 from tests.sim.fake_disk import EIO, FakeDevice, FakeDisk, FakeStore
 from tests.sim.fake_link import LinkEnd, make_link

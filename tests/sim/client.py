@@ -62,6 +62,7 @@ _ANCIENT: Final = Write(0, 0, 0, 0, 0, True, False)  # the zeros that were there
 _ANCIENT.begin, _ANCIENT.end, _ANCIENT.acked = -2, -1, True
 
 Versions = frozenset[Write]
+FlushPoint = tuple[dict[int, Write], ...]
 INITIAL: Final[Versions] = frozenset([_ANCIENT])
 
 
@@ -150,15 +151,15 @@ class Ledger:
         self.step += 1
         write.end = self.step
 
-    def flush_point(self, node: int) -> dict[int, Write]:
-        """What a flush submitted now has to make stable: the answered writes by sector."""
+    def flush_point(self) -> FlushPoint:
+        """What a flush submitted now has to make stable: for each copy, the answered writes by sector."""
         self.step += 1
-        return dict(self.copies[node].last)
+        return tuple(dict(copy.last) for copy in self.copies)
 
-    def flushed(self, point: dict[int, Write], nodes: Iterable[int]) -> None:
+    def flushed(self, point: FlushPoint, nodes: Iterable[int]) -> None:
         """The flush that was submitted at *point* was answered; *nodes* are in the mirror."""
         for node in nodes:
-            for s, write in point.items():
+            for s, write in point[node].items():
                 self._narrow_stable(self.copies[node], s, write)
 
     def _narrow_stable(self, copy: Copy, sector: int, write: Write) -> None:

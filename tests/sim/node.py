@@ -35,7 +35,7 @@ from .fake_link import LinkEnd
 from .mix import MIB, Mix
 
 if TYPE_CHECKING:
-    from .client import Versions
+    from .client import FlushPoint, Versions
     from .world import World
 
 META_DEVICE: int = 2 * MIB  # size of an external metadata device
@@ -48,7 +48,8 @@ class Ask:
     request: Request
     write: Write | None = None
     expected: list[Versions] | None = None  # a read: what each sector might hold when it was submitted
-    point: dict[int, Write] | None = None  # a flush: what it has to make stable
+    point: FlushPoint | None = None  # a flush: what it has to make stable
+    begin: int = 0  # ledger step of the submission
     good_since: tuple[int, bool] = (0, False)  # failures of the disk so far, and whether it is good
 
 

@@ -232,7 +232,7 @@ def test_power_cut_may_lose_what_was_not_flushed() -> None:
     ledger = Ledger(0)
     w1 = ledger.new_write(0, 0, 512)
     ledger.acked(w1, [0, 1])
-    point = ledger.flush_point(0)
+    point = ledger.flush_point()
     w2 = ledger.new_write(0, 0, 512)
     ledger.acked(w2, [0, 1])
     ledger.flushed(point, [0])

@@ -301,13 +301,16 @@ class World:
         request = Request(node.clients, None, Op.READ, volume, offset, length)
         expected = self.checks.expected(node, volume, offset, length)
         node.clients.open[id(request)] = Ask(
-            request, expected=expected, good_since=self.checks.good_since(node, volume)
+            request,
+            expected=expected,
+            begin=self.ledgers[volume].step,
+            good_since=self.checks.good_since(node, volume),
         )
         return request
 
     def flush(self, node: Node, volume: int) -> Request:
         request = Request(node.clients, None, Op.FLUSH, volume, 0, 0)
-        point = self.ledgers[volume].flush_point(node.index)
+        point = self.ledgers[volume].flush_point()
         node.clients.open[id(request)] = Ask(
             request, point=point, good_since=self.checks.good_since(node, volume)
         )
