@@ -74,8 +74,8 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
         )
         primary = Role.PRIMARY in (new.role, new.peer)
         if (primary and (lost_peer_data(old, new) or target_may_have_ended)) or peer_writes_here:
-            if new.suspended:
-                vol.new_current_pending = True
+            if new.suspended and e.config.net.protocol == "C":
+                vol.new_current_pending = True  # only under C is the log complete enough to be sent again
             else:
                 e.start_new_generation(vol)
                 if new.connected and e.connected:
@@ -153,9 +153,9 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
         case C.WF_BITMAP_T:
             resync.enter_bitmap_target(vol)
         case C.STARTING_SYNC_S:
-            e.disks.set_all(vol, lambda: _set_all_done(e, vol, C.STARTING_SYNC_S))
+            e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]
         case C.STARTING_SYNC_T:
-            e.disks.set_all(vol, lambda: _set_all_done(e, vol, C.STARTING_SYNC_T))
+            e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]
         case C.WF_SYNC_UUID:
             if vol.pending_sync_uuid is not None:
                 sync_uuid, vol.pending_sync_uuid = vol.pending_sync_uuid, None
@@ -165,10 +165,10 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
                 resync.pause_changed(vol)
 
 
-def _set_all_done(e: Engine, vol: Volume, conn: ConnState) -> None:
-    if vol.state.conn != conn:
+def _set_all_done(e: Engine, vol: Volume, serial: int) -> None:
+    if vol.conn_serial != serial:
         return
-    if conn == C.STARTING_SYNC_S:
+    if vol.state.conn == C.STARTING_SYNC_S:
         e.resync.start_source(vol)
     else:
         e.change(vol, replace(vol.state, conn=C.WF_SYNC_UUID), hard=True)

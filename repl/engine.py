@@ -380,6 +380,7 @@ class Engine:
         if new == old:
             return
         vol.state = new
+        vol.conn_serial += old.conn != new.conn
         vol.refresh()
         self.note(vol, describe_change(old, new), why=why)
         self.out.effects.append(StateChanged())

@@ -49,7 +49,11 @@ class FencingRoom:
     def fence(self, then: Callable[[bool], None]) -> None:
         """Run fence-peer and act on its exit code; *then* is told whether the peer is out."""
         if self.policy == Fencing.DONT_CARE:
-            then(True)
+            volumes = self.e.volumes.values()
+            wanted = any(v.config.disk_options.fencing != Fencing.DONT_CARE for v in volumes)
+            if wanted:
+                self.e.note(None, "Not fencing peer, I'm not even Consistent myself.", level="warning")
+            then(not wanted)
             return
         ticket = self.e.link.ticket
         connects = self.e.n_established
@@ -125,9 +129,13 @@ class FencingRoom:
         frozen = [v for v in self.e.volumes.values() if v.state.susp_fen or v.state.susp_nod]
         if not frozen and not self.e.mirror.kept:
             return
-        for vol in self.e.volumes.values():
-            vol.new_current_pending = False
-        self.e.mirror.replay()
+        if all(v.state.pdsk == DiskState.UP_TO_DATE for v in self.e.volumes.values() if v.new_current_pending):
+            for vol in self.e.volumes.values():
+                vol.new_current_pending = False
+            self.e.mirror.replay()
+        else:  # it came back without its disk, so perhaps without its memory: its next attach is a resync
+            self.e.forget_peer_writes()
+            self.e.make_pending_generations()
         for vol in frozen:
             self.e.change(
                 vol, replace(vol.state, susp_fen=False, susp_nod=False), hard=True, why="connected again"

@@ -700,6 +700,9 @@ class Mirror:
         vol.n_local -= 1
         if op.error:
             self.e.disks.failed(vol, op.error, write=True)
+            if vol.state.disk >= DiskState.CONSISTENT:  # pass_on kept it in the mirror: the flush failed
+                for r in vol.flush_batch:
+                    r.error = op.error
         else:
             for r in vol.flush_batch:
                 r.legs |= LOCAL_OK

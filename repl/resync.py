@@ -117,10 +117,10 @@ class Resync:
 
     def start_source(self, vol: Volume) -> None:
         """Handler, new sync UUID on disk, then SyncSource and P_SYNC_UUID in one go."""
-        conn = vol.state.conn
+        serial = vol.conn_serial
 
         def handler_done(code: int) -> None:
-            if vol.state.conn != conn:
+            if vol.conn_serial != serial:
                 return
             if code not in (0, 3):
                 self.e.stand_alone(f"before-resync-source handler exited with {code}")
@@ -128,11 +128,12 @@ class Resync:
             sync_uuid = vol.uuids.sync_uuid(self.e.random64())
             # Until its first request the target may still be UpToDate in the generation we share.
             vol.sync_ending = not vol.uuids.bitmap
-            vol.uuids = vol.uuids.set_bitmap_with_history(sync_uuid)
+            peer_current = vol.peer_uuids.current if vol.peer_uuids else None
+            vol.uuids = vol.uuids.become_source(sync_uuid, peer_current)
             self.e.write_superblock(vol, lambda ok: durable(ok, sync_uuid))
 
         def durable(ok: bool, sync_uuid: int) -> None:
-            if not ok or vol.state.conn != conn:
+            if not ok or vol.conn_serial != serial:
                 return
             self._begin(vol)
             self.e.change(vol, replace(vol.state, conn=ConnState.SYNC_SOURCE), hard=True, before_state_packet=(
@@ -155,9 +156,10 @@ class Resync:
         vol.uuids = vol.uuids.become_target(sync_uuid, primary)
         if vol.target is None:
             vol.target = TargetRun(self.e.now)
+        serial = vol.conn_serial
 
         def handler_done(code: int) -> None:
-            if vol.state.conn != conn:
+            if vol.conn_serial != serial:
                 return
             if code != 0:
                 self.e.stand_alone(f"before-resync-target handler exited with {code}")

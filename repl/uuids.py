@@ -79,6 +79,16 @@ class UuidSet:
             return random64 & _MASK
         return (self.bitmap + SYNC_STEP) & _MASK
 
+    def become_source(self, sync_uuid: int, peer_current: int | None) -> UuidSet:
+        """A resync begins: its UUID takes the bitmap slot.
+
+        What was there moves to the history, but not when that would push out the very generation by which
+        the target (*peer_current*) is known: attempts that it never hears of would make it a stranger.
+        """
+        if peer_current is not None and any(_same(peer_current, old) for old in (self.history0, self.history1)):
+            return replace(self, bitmap=sync_uuid)
+        return self.set_bitmap_with_history(sync_uuid)
+
     def become_target(self, sync_uuid: int, primary: bool) -> UuidSet:
         """The target received P_SYNC_UUID. Also how the peer of "skip initial sync" adopts the generation."""
         return self.forget_bitmap().set_current(sync_uuid, primary)

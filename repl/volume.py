@@ -51,6 +51,7 @@ class Volume:
         self.al_suspended = False
         self.full_sync_flag = False
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
+        self.conn_serial = 0  # counts changes of state.conn: what waited in one state must not go on in its next visit
         self.target_done = False  # the target said so while bits of ours were still set
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.primary_hold = False  # PRIMARY_IND stays until the bits only the log vouches for are on disk

@@ -15,9 +15,9 @@ STATES: Final = """\
 # States: what may change into what
 
 Every change of a role, connection or disk state goes through one function, `change()` of
-`repl/transition.py`. It first completes the wish (what else follows from it), then asks these tables. A change
-that an operator asks for is *soft* and may be refused, with the code and the sentence given here; what simply
-happened, a broken disk or a lost link, is *hard* and is never asked for permission.
+`repl/transition.py`. It first completes the wish (what else follows from it), then asks these tables. A
+change that an operator asks for is *soft* and may be refused, with the code and the sentence given here;
+what simply happened, a broken disk or a lost link, is *hard* and is never asked for permission.
 
 """
 

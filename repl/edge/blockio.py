@@ -28,10 +28,27 @@ FALLOC_FL_PUNCH_HOLE: Final = 0x02
 FALLOC_FL_ZERO_RANGE: Final = 0x10
 CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV})
 
+M_TRIM_THRESHOLD: Final = -1  # mallopt(3), malloc.h of glibc
+M_MMAP_THRESHOLD: Final = -3
+KEPT_BYTES: Final = 64 << 20  # what the heap may keep for the next payloads: two sessions' requests in flight
+HEAP_PAYLOAD_MAX: Final = 32 << 20  # longer ones come from the kernel; glibc allows no more than this
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _libc.fallocate.restype = ctypes.c_int
 _zeroes = bytes(ZERO_PIECE)
+
+
+def keep_memory() -> None:
+    """Let the C library keep the memory of payloads instead of giving it back after each of them.
+
+    Memory from the kernel comes page by page with a fault for each, which for a long payload takes longer
+    than reading or writing it. Other C libraries than glibc have no such switch.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, HEAP_PAYLOAD_MAX)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def room(length: int) -> memoryview:

@@ -22,7 +22,7 @@ from .blockio import CANNOT, IOV_MAX, Device, room, unwritten
 from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
-INLINE_BYTES_MAX: Final = 4 << 20  # per batch; at memory speed under a millisecond, the rest goes to workers
+INLINE_BYTES_MAX: Final = 8 << 20  # per batch; at memory speed about a millisecond, the rest goes to workers
 SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
 WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
 HOLD_FACTOR: Final = 10  # then its calls stay away from the loop for this many times as long as it waited

@@ -42,6 +42,7 @@ from tandem.repl.events import (
 )
 from tandem.repl.requests import DiskOp, Owner, Request
 
+from .blockio import keep_memory
 from .clock import entropy
 from .disk import Disk
 from .export import ReplicatedVolume
@@ -104,6 +105,7 @@ class Runtime:
         self, config: ResourceConfig, *, seed: int | None = None, machine: Callable[..., Machine] = Engine,
         on_fatal: Callable[[BaseException], None] = die, handler_limit_s: float = TIME_LIMIT_S,
     ) -> None:  # fmt: skip
+        keep_memory()
         loop = asyncio.get_running_loop()
         draws = entropy(seed)
         self._loop = loop

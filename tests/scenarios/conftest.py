@@ -1,4 +1,4 @@
-"""`pytest tests/scenarios --rewrite` writes what happens now into the transcripts; read the diff like code."""
+"""`pytest tests/scenarios --rewrite` writes what happens now into the transcripts; read the diff."""
 
 from __future__ import annotations
 

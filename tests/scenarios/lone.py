@@ -149,6 +149,12 @@ class Lone:
         self.done.clear()
         self.effects.clear()
 
+    def forget_keep_connect(self) -> None:
+        """As `forget`, but an attempt to connect is still outstanding."""
+        outstanding = self.of(Connect)[-1:]
+        self.forget()
+        self.effects += outstanding
+
     def notes(self) -> list[str]:
         return [e.text for e in self.effects if isinstance(e, Notify)]
 
@@ -213,7 +219,9 @@ class Lone:
         self.take()
         return used
 
-    def submit(self, op: Op, offset: int = 0, length: int = 4096, flags: int = 0, volume: int = 0) -> Request:
+    def submit(
+        self, op: Op, offset: int = 0, length: int = 4096, flags: int = 0, volume: int = 0
+    ) -> Request:
         """One request; it comes back in `done`."""
         payload = bytes([offset >> 12 & 255]) * length if op is Op.WRITE else None
         r = Request(self, len(self.done), op, volume, offset, 0 if op is Op.FLUSH else length, payload, flags)
@@ -253,7 +261,9 @@ class Lone:
         self._introduced = False
         self.handle(LinkUp(self.of(Connect)[-1].ticket, resolver))
 
-    def features(self, flags: int = FEATURES_ALL, low: int = 100, high: int = 101, ours: bool = True) -> bytes:
+    def features(
+        self, flags: int = FEATURES_ALL, low: int = 100, high: int = 101, ours: bool = True
+    ) -> bytes:
         offer = bytearray(Features(low, high, flags).pack())
         if ours:
             offer[MARK_AT : MARK_AT + len(OUR_MARK)] = OUR_MARK
@@ -266,8 +276,8 @@ class Lone:
         return replace(Protocol(letter, 0, 0, 0, 0, 0, alg), **fields).pack()
 
     def parameters(
-        self, state: State = PEER_SECONDARY, uuids: tuple[int, ...] = GENERATIONS, bits: int = 0, flags: int = 0,
-        volume: int = 0,
+        self, state: State = PEER_SECONDARY, uuids: tuple[int, int, int, int] = GENERATIONS, bits: int = 0,
+        flags: int = 0, volume: int = 0,
     ) -> bytes:  # fmt: skip
         """The peer's four packets for a volume."""
         net, sectors = self.config.net, self.layout.usable // 512
@@ -280,8 +290,8 @@ class Lone:
         return out + pack_state(state.word(), volume)
 
     def connect(
-        self, state: State = PEER_SECONDARY, *, resolver: bool = False, ours: bool = True, features: int = FEATURES_ALL,
-        **peer: Any,
+        self, state: State = PEER_SECONDARY, *, resolver: bool = False, ours: bool = True,
+        features: int = FEATURES_ALL, **peer: Any,
     ) -> None:  # fmt: skip
         """From StandAlone to wherever the peer's parameters lead."""
         if self.engine.cstate == ConnState.STAND_ALONE:
@@ -332,12 +342,12 @@ class Lone:
         self.attach(generations=(0x10, 0, 0, 0))
         peer = replace(PEER_SECONDARY, role=role)
         self.connect(peer, uuids=(0x20, 0x10, 0, 0), bits=sum(b - a for a, b in ranges))
-        assert self.state.conn == ConnState.WF_BITMAP_T
+        assert self.conn() == ConnState.WF_BITMAP_T
         self.data(self.bitmap_packets(*ranges))
         self.forget()
         self.data(pack_sync_uuid(SYNC_UUID, 0))
         self.settle()
-        assert self.state.conn == ConnState.SYNC_TARGET
+        assert self.conn() == ConnState.SYNC_TARGET
         return self
 
     def source(self, *ranges: tuple[int, int], primary: bool = True) -> Lone:
@@ -348,16 +358,20 @@ class Lone:
         if primary:
             assert self.run("primary") == "done"
         self.connect(uuids=(0x10, 0, 0, 0))
-        assert self.state.conn == ConnState.WF_BITMAP_S
+        assert self.conn() == ConnState.WF_BITMAP_S
         self.data(self.bitmap_packets(*ranges))
         self.settle()
-        assert self.state.conn == ConnState.SYNC_SOURCE
+        assert self.conn() == ConnState.SYNC_SOURCE
         self.forget()
         return self
 
-    def ack(self, r: Request, kind: Packet = Packet.WRITE_ACK, block_id: int | None = None) -> bytes:
-        return pack_ack(kind, r.volume, r.offset >> 9, r.block_id if block_id is None else block_id, r.length, 1)
+    def ack(self, r: Request, kind: Packet = Packet.WRITE_ACK) -> bytes:
+        return pack_ack(kind, r.volume, r.offset >> 9, r.block_id, r.length, 1)
 
     @property
     def state(self) -> State:
         return self.vol.state
+
+    def conn(self) -> ConnState:
+        """The volume's connection state now (a call, because type checkers believe a property stays)."""
+        return self.vol.state.conn

@@ -340,7 +340,8 @@ class Node:
                 return self.receive(1 - socket)
             pipe.at_end = True
             self.pair.say(f"{self.name}  . sees the {('data', 'meta')[socket]} socket end")
-            engine.handle(LinkLost(end.ticket, "the peer closed the connection", meta=bool(socket)), self.pair.now)
+            lost = LinkLost(end.ticket, "the peer closed the connection", meta=bool(socket))
+            engine.handle(lost, self.pair.now)
             self.pump()
             return True
         pipe.deliver(len(pipe.incoming))

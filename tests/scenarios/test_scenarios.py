@@ -16,7 +16,8 @@ def test_transcript(path: Path, rewrite: bool) -> None:
     if rewrite and now != written:
         path.write_text(now)
     elif now != written:
-        assert now.splitlines() == written.splitlines(), f"{path.name}: run with --rewrite and review the diff"
+        advice = f"{path.name}: run with --rewrite and review the diff"
+        assert now.splitlines() == written.splitlines(), advice
 
 
 def test_there_are_transcripts() -> None:

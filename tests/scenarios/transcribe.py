@@ -157,7 +157,8 @@ def protocol(p: bytes) -> str:
     v = Protocol.unpack(p)
     sb = f"{v.after_sb_0p}/{v.after_sb_1p}/{v.after_sb_2p}"
     alg = f", data-integrity-alg {v.integrity_alg}" if v.integrity_alg else ""
-    return f"{'?ABC'[v.protocol]}, after-sb {sb}, conn_flags {v.conn_flags}, two_primaries {v.two_primaries}{alg}"
+    letter, primaries = "?ABC"[v.protocol], v.two_primaries
+    return f"{letter}, after-sb {sb}, conn_flags {v.conn_flags}, two_primaries {primaries}{alg}"
 
 
 def sync_param(p: bytes) -> str:

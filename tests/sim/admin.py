@@ -143,7 +143,9 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
 def _may_promote(world: World, node: Node) -> bool:
     """Would a careful operator promote this node now? A risky one asks less."""
     if node.state().conn >= C.CONNECTED:
-        return True
+        # A peer without a disk cannot tell what its disk knows.
+        volumes = range(world.mix.n_volumes)
+        return all(node.state(v).pdsk >= D.INCONSISTENT or not behind(world, node, v) for v in volumes)
     if any(node.state(v).disk not in (D.UP_TO_DATE, D.CONSISTENT) for v in range(world.mix.n_volumes)):
         return False
     if world.mix.risky or world.mix.fencing is not Fencing.DONT_CARE:
@@ -161,6 +163,9 @@ def behind(world: World, node: Node, volume: int) -> bool:
 
 
 def command(node: Node, name: str, volume: int | None = None) -> None:
+    if name in ("detach", "resume-io") and node.primary:
+        # A detach that only the peer has heard of makes a generation there, as in DRBD.
+        node.world.split_possible = True
     node.command(name, volume)
 
 
@@ -263,9 +268,14 @@ class Healer:
                 self.n_connects += 1
                 node.command("connect")
             return
-        if not world.mix.risky and not any(n.resumed for n in world.nodes):
+        if not world.split_possible and self._good_everywhere():
             self._refuse_split_brain()
         self._resolve(alone)
+
+    def _good_everywhere(self) -> bool:
+        """Is there good data for each volume?"""
+        volumes = range(self.w.mix.n_volumes)
+        return all(any(n.state(v).disk >= D.CONSISTENT for n in self.w.nodes) for v in volumes)
 
     def _refuse_split_brain(self) -> None:
         self.w.fail("history", "the nodes stay StandAlone although no split brain can have happened")
@@ -276,6 +286,9 @@ class Healer:
         victim = secondaries[0] if secondaries else world.nodes[0]
         if victim.primary:
             victim.closing = True
+            return
+        if not self._good_everywhere():
+            self._force(world.peer_of(victim))  # nobody has good data: somebody's must do
             return
         self.n_resolutions += 1
         world.note(victim, "gives in")
@@ -306,12 +319,15 @@ class Healer:
         for v in range(self.w.mix.n_volumes):
             states = [n.state(v) for n in nodes]
             if all(s.conn is C.CONNECTED and s.disk is D.INCONSISTENT for s in states):
-                primary = next((n for n in nodes if n.primary), nodes[0])
-                for ledger in self.w.ledgers:
-                    for copy in ledger.copies:
-                        copy.discarded = True
-                primary.command("primary", force=True)
+                self._force(next((n for n in nodes if n.primary), nodes[0]))
                 return
+
+    def _force(self, node: Node) -> None:
+        self.w.split_possible = True
+        for ledger in self.w.ledgers:
+            for copy in ledger.copies:
+                copy.discarded = True
+        node.command("primary", force=True)
 
 
 def is_secondary(node: Node) -> bool:

@@ -168,6 +168,8 @@ class Checks:
 
     def _check_not_older(self, node: Node, op: DiskOp) -> None:
         """Rule 5: what the peer has us write must be something the peer may hold now."""
+        if self.w.peer_of(node).state(op.volume).pdsk < D.INCONSISTENT:
+            return  # the peer has given this disk up already
         ledger = self.w.ledgers[op.volume]
         copy = ledger.copies[1 - node.index]
         payload = bytes(op.payload or b"")
@@ -209,6 +211,8 @@ class Checks:
 
     def disk_broke(self, node: Node, volume: int) -> None:
         self.record(node, volume).n_broke += 1
+        if self.w.mix.on_io_error == "pass_on":  # one failure makes the whole disk Inconsistent
+            self.w.ledgers[volume].copies[node.index].discarded = True
 
     # ------------------------------------------------------------------ metadata
 
@@ -379,6 +383,8 @@ class Checks:
         for holder in nodes:
             read = self.reader(holder, volume, durable=True)
             for s, write in ask.point[holder.index].items():
+                if holder is not node and vol.bitmap.any(s >> 3, (s >> 3) + 1):
+                    continue  # this block is out of the mirror, and marked
                 content = read(s)
                 versions = ledger.copies[holder.index].stable.get(s, INITIAL)
                 if not ledger.fits(s, content, frozenset(x for x in versions if not _older(x, write))):

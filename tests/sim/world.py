@@ -54,6 +54,7 @@ class World:
         self._spots = self._choose_spots()
         self._ticks_at = (0.0, 0)
         self._down: list[Node] = []
+        self.split_possible = mix.risky  # somebody did what may split the brain without the machine's fault
         self.bits_were_left = False  # the nodes agreed that bits are set and nothing is to be done about it
         self.checks.start()
 

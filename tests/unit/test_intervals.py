@@ -28,7 +28,8 @@ ranges = st.builds(
 @given(st.lists(st.tuples(st.booleans(), ranges), max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_the_table_agrees_with_a_list(steps: list[tuple[bool, Lock]]) -> None:
-    table, entered = Intervals(), []
+    table = Intervals()
+    entered: list[Lock] = []
     for take_out, wanted in steps:
         if take_out and entered:
             table.remove(entered.pop(wanted.offset % len(entered)))

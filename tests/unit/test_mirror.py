@@ -206,7 +206,8 @@ def test_the_log_is_closed_before_a_state_packet() -> None:
     lone = Lone().ready()
     lone.submit(Op.WRITE)
     lone.settle()
-    lone.data(pack_state(replace(lone.state, role=Role.SECONDARY, peer=Role.PRIMARY, user_isp=True).word(), 0))
+    paused = replace(lone.state, role=Role.SECONDARY, peer=Role.PRIMARY, user_isp=True)
+    lone.data(pack_state(paused.word(), 0))
     assert barriers(lone) == [0]
 
 
@@ -276,7 +277,7 @@ def test_reads_that_waited_for_the_lost_peer_fail_without_another_copy() -> None
 
 
 def frozen(n_writes: int = 2) -> tuple[Lone, list[Request]]:
-    """A Primary that lost its peer with I/O frozen: the first write acked and answered, the others neither."""
+    """A Primary that lost its peer with I/O frozen: the first write answered, the others not even acked."""
     lone = Lone(disk={"fencing": Fencing.RESOURCE_AND_STONITH}, handlers=("fence-peer",)).ready()
     requests = [lone.submit(Op.WRITE, i * 8192) for i in range(n_writes)]
     lone.settle()
@@ -334,9 +335,9 @@ def test_the_age_of_a_kept_log_does_not_count_against_the_new_connection() -> No
     lone.at(lone.now + 1000)
     assert lone.engine.mirror.oldest_unanswered() is None
     lone.connect()
-    assert lone.state.conn == ConnState.CONNECTED
+    assert lone.conn() == ConnState.CONNECTED
     lone.at(lone.now + 1)
-    assert lone.state.conn == ConnState.CONNECTED
+    assert lone.conn() == ConnState.CONNECTED
 
 
 def test_an_administrators_suspension_replays_too() -> None:
@@ -417,7 +418,7 @@ def test_a_flush_the_peer_refuses_is_answered_by_the_local_disk() -> None:
     lone.meta(lone.ack(r))
     flush = lone.submit(Op.FLUSH)
     lone.settle()
-    _, block_id, _, _ = unpack_data([p for p in lone.payloads(P.DATA) if len(p) == 24][0])
+    _, block_id, _, _ = unpack_data(next(p for p in lone.payloads(P.DATA) if len(p) == 24))
     lone.meta(pack_ack(P.NEG_ACK, 0, 0, block_id, 0, 1))
     assert flush in lone.done and flush.error == 0
     assert lone.vol.bitmap.weight == 1, "what it did not flush is out of sync"

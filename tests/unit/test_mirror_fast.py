@@ -57,7 +57,7 @@ class Driven:
     """One engine that is told the same story as another one.
 
     Requests of one batch are concurrent, so the short path may start them in another order than they came:
-    first those it takes, then the rest. The slow engine is told the order that the fast one chose.
+    reads, the writes it takes, and the rest. The slow engine is told the order that the fast one chose.
     """
 
     def __init__(self, slow: bool, max_epoch_size: int) -> None:
@@ -74,7 +74,9 @@ class Driven:
                 rest = short(vol, batch)
                 numbers = {id(r): i for i, r in enumerate(batch)}
                 last = [numbers[id(r)] for r in rest]
-                self.order = [i for i in range(len(batch)) if i not in last] + last
+                taken = [i for i in range(len(batch)) if i not in last]
+                reads = [i for i in taken if batch[i].op == Op.READ]
+                self.order = reads + [i for i in taken if i not in reads] + last
                 return rest
 
             m._submit_fast = watched  # type: ignore[method-assign]
@@ -89,14 +91,15 @@ class Driven:
             for op, block, n, flags in batch:
                 payload = bytes([len(self.requests) & 255]) * (n * SECTOR) if op is Op.WRITE else None
                 length = 0 if op is Op.FLUSH else n * SECTOR
-                new.append(Request(lone, 0, op, 0, 0 if op is Op.FLUSH else block << 12, length, payload, flags))
+                offset = 0 if op is Op.FLUSH else block << 12
+                new.append(Request(lone, 0, op, 0, offset, length, payload, flags))
             self.requests += new
             engine.submit(0, [new[i] for i in order] if order else new)
         elif kind == "disk":
             ops, lone.disk = lone.disk, []
-            for op in ops:
-                if op.op == Op.READ:
-                    op.payload = bytes(op.length)
+            for done in ops:
+                if done.op == Op.READ:
+                    done.payload = bytes(done.length)
             engine.disk_done(ops)
         elif kind == "acks":
             for block_id, r in list(engine.mirror.inflight.items()):

@@ -33,8 +33,8 @@ P = Packet
 ID = 0xC061_9886_0000_0000  # a kernel's block_id: an opaque number in its own byte order
 
 
-def write(block: int, flags: int = DP_SEND_WRITE_ACK, block_id: int | None = None, length: int = 4096) -> bytes:
-    head = pack_data(P.DATA, 0, block * 8, ID + block if block_id is None else block_id, block + 1, flags, length)
+def write(block: int, flags: int = DP_SEND_WRITE_ACK, length: int = 4096) -> bytes:
+    head = pack_data(P.DATA, 0, block * 8, ID + block, block + 1, flags, length)
     return head + bytes([block & 255]) * length
 
 
@@ -144,8 +144,8 @@ def test_trims_and_zeroes(cmd: Packet, flags: int, features: int, op: Op, op_fla
 
 def test_the_short_path_and_the_long_path_ask_the_same_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = b"".join((
-        write(1), write(2, length=512), write(9, DP_SEND_WRITE_ACK | DP_FUA), pack_barrier(0), write(4), flush(),
-        write(5, length=1 << 20), pack_barrier(1),
+        write(1), write(2, length=512), write(9, DP_SEND_WRITE_ACK | DP_FUA), pack_barrier(0), write(4),
+        flush(), write(5, length=1 << 20), pack_barrier(1),
     ))  # fmt: skip
 
     def what(plain: bool) -> tuple[object, ...]:
@@ -342,7 +342,7 @@ def test_the_next_connection_starts_its_epochs_afresh() -> None:
     lose(lone)
     lone.settle()
     lone.connect(replace(PEER_SECONDARY, role=Role.PRIMARY))
-    assert lone.state.conn == ConnState.CONNECTED
+    assert lone.conn() == ConnState.CONNECTED
     lone.data(write(3), pack_barrier(0))
     lone.settle()
     assert barrier_acks(lone) == [(0, 1)]

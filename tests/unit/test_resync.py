@@ -113,11 +113,11 @@ def test_the_target_ends_with_a_ping_then_its_generation_then_the_state() -> Non
     lone = Lone().target((0, 1))
     lone.data(reply(0))
     lone.settle()
-    assert lone.sent(P.PING, P.STATE) == [P.PING] and lone.state.conn == ConnState.SYNC_TARGET
+    assert lone.sent(P.PING, P.STATE) == [P.PING] and lone.conn() == ConnState.SYNC_TARGET
     lone.meta(packet(P.PING_ACK))
     assert lone.sent(P.STATE) == [], "the superblock comes first"
     lone.settle()
-    assert lone.sent(P.STATE) == [P.STATE] and lone.state.conn == ConnState.CONNECTED
+    assert lone.sent(P.STATE) == [P.STATE] and lone.conn() == ConnState.CONNECTED
     assert lone.state.disk == lone.state.pdsk == DiskState.UP_TO_DATE
     assert lone.vol.uuids == UuidSet(0x20, 0, SYNC_UUID, 0x10)
 
@@ -136,7 +136,7 @@ def test_an_empty_resync_goes_through_the_same_motions() -> None:
     assert requests(lone) == [] and lone.sent(P.PING) == [P.PING]
     lone.meta(packet(P.PING_ACK))
     lone.settle()
-    assert lone.state.conn == ConnState.CONNECTED and lone.vol.uuids.current == 0x20
+    assert lone.conn() == ConnState.CONNECTED and lone.vol.uuids.current == 0x20
 
 
 def test_bits_that_are_set_behind_the_cursor_are_found() -> None:
@@ -153,7 +153,7 @@ def test_bits_set_while_the_end_is_written_reopen_the_resync() -> None:
     lone.data(pack_block_desc(P.OUT_OF_SYNC, 0, 8, 4096))
     lone.meta(packet(P.PING_ACK))
     lone.settle()
-    assert lone.state.conn == ConnState.SYNC_TARGET and requests(lone) == [(5, 1), (1, 1)]
+    assert lone.conn() == ConnState.SYNC_TARGET and requests(lone) == [(5, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("how", ["write", "read"])
@@ -170,7 +170,7 @@ def test_failed_blocks_stay_out_of_sync_and_no_generation_is_adopted(how: str) -
     lone.settle()
     lone.meta(packet(P.PING_ACK))
     lone.settle()
-    assert lone.state.conn == ConnState.CONNECTED and lone.state.disk == DiskState.INCONSISTENT
+    assert lone.conn() == ConnState.CONNECTED and lone.state.disk == DiskState.INCONSISTENT
     assert lone.vol.bitmap.weight == 1 and lone.vol.uuids == uuids
 
 
@@ -250,10 +250,10 @@ def test_a_pause_stops_asking_and_what_is_out_is_finished() -> None:
     assert lone.run("pause-sync") == "done"
     lone.data(reply(0, 256))
     lone.settle()
-    assert lone.state.conn == ConnState.PAUSED_SYNC_T and len(requests(lone)) == n
+    assert lone.conn() == ConnState.PAUSED_SYNC_T and len(requests(lone)) == n
     assert lone.vol.bitmap.weight == 4096 - 256
     assert lone.run("resume-sync") == "done"
-    assert lone.state.conn == ConnState.SYNC_TARGET and len(requests(lone)) == n + 1
+    assert lone.conn() == ConnState.SYNC_TARGET and len(requests(lone)) == n + 1
 
 
 def test_the_target_waits_for_writes_mirrored_before_the_resync() -> None:
@@ -263,7 +263,7 @@ def test_the_target_waits_for_writes_mirrored_before_the_resync() -> None:
     lone.data(head + bytes(4096))
     (mirrored,) = lone.disk
     lone.data(peer_state(lone, conn=ConnState.STARTING_SYNC_S))
-    assert lone.state.conn in (ConnState.CONNECTED, ConnState.WF_BITMAP_T)
+    assert lone.conn() in (ConnState.CONNECTED, ConnState.WF_BITMAP_T)
     assert mirrored in lone.disk
 
 
@@ -325,12 +325,12 @@ def test_the_source_ends_when_the_target_says_so_and_its_own_bits_are_clear() ->
     lone = Lone().source((0, 1))
     done = peer_state(lone, conn=ConnState.CONNECTED, disk=DiskState.UP_TO_DATE)
     lone.data(done)
-    assert lone.state.conn == ConnState.SYNC_SOURCE, "an ack is still missing"
+    assert lone.conn() == ConnState.SYNC_SOURCE, "an ack is still missing"
     lone.meta(rs_ack(0), packet(P.PING))
     lone.settle()
     lone.data(done)
     lone.settle()
-    assert lone.state.conn == ConnState.CONNECTED and lone.state.pdsk == DiskState.UP_TO_DATE
+    assert lone.conn() == ConnState.CONNECTED and lone.state.pdsk == DiskState.UP_TO_DATE
     assert lone.vol.uuids == UuidSet(0x21, 0, SYNC_UUID, 0x10)
 
 
@@ -340,7 +340,7 @@ def test_failed_blocks_end_without_a_new_generation() -> None:
     lone.meta(rs_ack(0, kind=P.NEG_ACK))
     lone.data(peer_state(lone, conn=ConnState.CONNECTED, disk=DiskState.INCONSISTENT))
     lone.settle()
-    assert lone.state.conn == ConnState.CONNECTED and lone.state.pdsk == DiskState.INCONSISTENT
+    assert lone.conn() == ConnState.CONNECTED and lone.state.pdsk == DiskState.INCONSISTENT
     assert lone.vol.uuids == uuids and lone.vol.bitmap.weight == 1
 
 
@@ -384,10 +384,10 @@ def test_before_resync_source_decides(code: int, goes_on: bool) -> None:
     lone.attach(generations=(0x20, 0x10, 0, 0))
     lone.connect(uuids=(0x10, 0, 0, 0))
     lone.data(lone.bitmap_packets())
-    assert lone.state.conn == ConnState.WF_BITMAP_S
+    assert lone.conn() == ConnState.WF_BITMAP_S
     lone.handle(HandlerExited(lone.handler("before-resync-source").ticket, code))
     lone.settle()
-    assert lone.state.conn == (ConnState.SYNC_SOURCE if goes_on else ConnState.STAND_ALONE)
+    assert lone.conn() == (ConnState.SYNC_SOURCE if goes_on else ConnState.STAND_ALONE)
 
 
 @pytest.mark.parametrize(("code", "goes_on"), [(0, True), (3, False)])
@@ -397,10 +397,10 @@ def test_before_resync_target_decides(code: int, goes_on: bool) -> None:
     lone.connect(uuids=(0x20, 0x10, 0, 0))
     lone.data(lone.bitmap_packets(), pack_sync_uuid(SYNC_UUID, 0))
     lone.settle()
-    assert lone.state.conn == ConnState.WF_SYNC_UUID
+    assert lone.conn() == ConnState.WF_SYNC_UUID
     lone.handle(HandlerExited(lone.handler("before-resync-target").ticket, code))
     lone.settle()
-    assert lone.state.conn == (ConnState.SYNC_TARGET if goes_on else ConnState.STAND_ALONE)
+    assert lone.conn() == (ConnState.SYNC_TARGET if goes_on else ConnState.STAND_ALONE)
 
 
 def test_a_handler_of_a_resync_that_is_over_changes_nothing() -> None:
@@ -423,10 +423,10 @@ def test_a_sync_uuid_that_comes_early_is_kept() -> None:
     lone.attach(generations=(0x10, 0, 0, 0))
     lone.connect(uuids=(0x20, 0x10, 0, 0))
     lone.data(pack_sync_uuid(SYNC_UUID, 0))
-    assert lone.state.conn == ConnState.WF_BITMAP_T
+    assert lone.conn() == ConnState.WF_BITMAP_T
     lone.data(lone.bitmap_packets((0, 1)))
     lone.settle()
-    assert lone.state.conn == ConnState.SYNC_TARGET and lone.vol.uuids.current == SYNC_UUID
+    assert lone.conn() == ConnState.SYNC_TARGET and lone.vol.uuids.current == SYNC_UUID
 
 
 def test_a_sync_uuid_out_of_place_is_a_protocol_error() -> None:

@@ -1,0 +1,245 @@
+"""A Primary that lost its peer: freeze, fence, go on; what a handler says too late changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tandem.repl.config import Fencing
+from tandem.repl.events import HandlerExited, LinkLost
+from tandem.repl.requests import Op, Request
+from tandem.repl.states import ConnState, DiskState, Role
+from tandem.repl.wire import Packet, pack_state_reply
+
+from tests.scenarios.lone import PEER_SECONDARY, Lone
+
+P, D = Packet, DiskState
+STONITH = {"fencing": Fencing.RESOURCE_AND_STONITH}
+RESOURCE_ONLY = {"fencing": Fencing.RESOURCE_ONLY}
+
+
+def lost(policy: dict[str, object], handlers: tuple[str, ...] = ("fence-peer",)) -> tuple[Lone, Request]:
+    """A Primary with a write out, right after the connection broke."""
+    lone = Lone(disk=policy, handlers=handlers).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.forget()
+    r = lone.submit(Op.WRITE, 8192)
+    lone.answer(r)
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    return lone, r
+
+
+def exits(lone: Lone, code: int) -> None:
+    lone.handle(HandlerExited(lone.handler("fence-peer").ticket, code))
+    lone.settle()
+
+
+def generations(lone: Lone) -> list[str]:
+    return [note for note in lone.notes() if note.startswith("new current UUID")]
+
+
+# --------------------------------------------------------------------------------- losing the connection
+
+
+def test_stonith_freezes_until_the_handler_speaks() -> None:
+    lone, r = lost(STONITH)
+    assert lone.state.susp_fen and r not in lone.done and not generations(lone)
+    assert lone.handler("fence-peer").volume is None
+
+
+def test_resource_only_goes_on_at_once() -> None:
+    lone, r = lost(RESOURCE_ONLY)
+    assert not lone.state.suspended and r in lone.done and r.error == 0 and len(generations(lone)) == 1
+    assert lone.handler("fence-peer")
+
+
+def test_dont_care_calls_nobody() -> None:
+    lone, r = lost({})
+    assert r in lone.done and "fence-peer" not in [h.name for h in lone.effects if hasattr(h, "name")]
+
+
+def test_a_secondary_fences_nobody() -> None:
+    lone = Lone(disk=STONITH, handlers=("fence-peer",)).as_secondary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    assert not lone.state.suspended and not [e for e in lone.effects if getattr(e, "name", "") == "fence-peer"]
+
+
+@pytest.mark.parametrize(("code", "pdsk"), [
+    (3, D.INCONSISTENT), (4, D.OUTDATED), (5, D.OUTDATED), (7, D.OUTDATED),
+])  # fmt: skip
+def test_exit_codes_that_put_the_peer_out(code: int, pdsk: DiskState) -> None:
+    lone, r = lost(STONITH)
+    exits(lone, code)
+    assert lone.state.pdsk == pdsk and not lone.state.suspended
+    assert r in lone.done and r.error == 0 and len(generations(lone)) == 1
+    assert lone.vol.bitmap.weight == 2, "both writes: neither was confirmed as stable"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 8, 127])
+def test_a_handler_that_fails_leaves_everything_frozen(code: int) -> None:
+    lone, r = lost(STONITH)
+    exits(lone, code)
+    assert lone.state.susp_fen and lone.state.pdsk == D.D_UNKNOWN and r not in lone.done
+    assert any(f"returned {code}" in note for note in lone.notes())
+
+
+def test_without_a_configured_handler_it_stays_frozen() -> None:
+    lone, r = lost(STONITH, handlers=())
+    assert lone.state.susp_fen and r not in lone.done
+
+
+def test_code_6_outdates_this_node() -> None:
+    lone, _ = lost(RESOURCE_ONLY)
+    exits(lone, 6)
+    assert lone.state.disk == D.OUTDATED
+
+
+def test_code_5_counts_only_for_a_good_disk() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",))
+    lone.attach()
+    assert lone.state.disk == D.CONSISTENT
+    ticket = lone.command("primary")
+    exits(lone, 5)
+    refused = lone.answered(ticket)
+    assert refused is not None and refused != "done" and lone.state.role == Role.SECONDARY
+
+
+# ---------------------------------------------------------------------------------------- meeting again
+
+
+def test_a_handler_that_returns_after_the_peer_is_back_changes_nothing() -> None:
+    lone, r = lost(STONITH)
+    lone.connect()
+    assert not lone.state.suspended and not generations(lone), "the peer never went"
+    lone.meta(lone.ack(r))
+    before, uuids = lone.state, lone.vol.uuids
+    exits(lone, 4)
+    assert lone.state == before and lone.vol.uuids == uuids
+    assert any("ignored" in note for note in lone.notes())
+
+
+def test_a_handler_of_an_earlier_loss_does_not_speak_for_this_one() -> None:
+    """The peer came and went again meanwhile: it may have become Primary."""
+    lone, _ = lost(STONITH)
+    old = lone.handler("fence-peer")
+    lone.connect()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone again"))
+    lone.settle()
+    assert lone.state.susp_fen
+    lone.handle(HandlerExited(old.ticket, 4))
+    lone.settle()
+    assert lone.state.susp_fen and lone.state.pdsk == D.D_UNKNOWN
+
+
+def test_a_handler_that_returns_during_the_handshake_changes_nothing() -> None:
+    lone, _ = lost(STONITH)
+    lone.link()
+    lone.data(lone.features())
+    exits(lone, 4)
+    assert lone.state.pdsk == D.D_UNKNOWN and lone.state.susp_fen
+
+
+def test_a_rebooted_peer_gets_no_replay() -> None:
+    """It is only Consistent: it forgot what it had in memory."""
+    lone, r = lost(STONITH)
+    lone.packets.clear()
+    lone.connect(replace(PEER_SECONDARY, disk=D.CONSISTENT))
+    assert lone.sent(P.DATA) == [] and lone.conn() < ConnState.CONNECTED
+    assert len(generations(lone)) == 1 and lone.vol.bitmap.weight == 2
+    assert r not in lone.done, "frozen until the next connection stands"
+
+
+def test_resume_io_takes_responsibility() -> None:
+    lone, r = lost(STONITH)
+    assert lone.run("resume-io") == "done"
+    assert not lone.state.suspended and r in lone.done and len(generations(lone)) == 1
+
+
+def test_a_disk_lost_while_frozen_ends_the_freeze_with_errors() -> None:
+    lone, r = lost(STONITH)
+    lone.run("detach", force=True)
+    assert lone.state.disk == D.DISKLESS
+    lone.run("resume-io")
+    assert r in lone.done
+
+
+# --------------------------------------------------------------------------------------------- promotion
+
+
+@pytest.mark.parametrize("policy", [STONITH, RESOURCE_ONLY])
+@pytest.mark.parametrize("code", [4, 5, 7])
+def test_a_consistent_node_is_promoted_once_the_peer_is_out(policy: dict[str, object], code: int) -> None:
+    lone = Lone(disk=policy, handlers=("fence-peer",))
+    lone.attach()
+    ticket = lone.command("primary")
+    if code == 5:
+        return  # needs an UpToDate disk: test_code_5_counts_only_for_a_good_disk
+    exits(lone, code)
+    assert lone.answered(ticket) == "done" and lone.state.role == Role.PRIMARY
+    assert lone.state.disk == D.UP_TO_DATE and lone.state.pdsk == D.OUTDATED
+
+
+@pytest.mark.parametrize("code", [1, 6])
+def test_a_consistent_node_is_not_promoted_otherwise(code: int) -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",))
+    lone.attach()
+    ticket = lone.command("primary")
+    exits(lone, code)
+    refused = lone.answered(ticket)
+    assert refused is not None and refused != "done" and lone.state.role == Role.SECONDARY
+
+
+def test_a_node_that_lost_a_good_peer_is_not_promoted_before_fencing() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",)).as_secondary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    ticket = lone.command("primary")
+    assert lone.answered(ticket) is None, "waiting for the handler"
+    exits(lone, 4)
+    assert lone.answered(ticket) == "done"
+
+
+def test_force_overrides_a_handler_that_fails() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",)).as_secondary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    ticket = lone.command("primary", force=True)
+    exits(lone, 1)
+    assert lone.answered(ticket) == "done" and lone.state.pdsk == D.OUTDATED
+
+
+# --------------------------------------------------------------------------------- graceful disconnection
+
+
+def test_a_fencing_primary_asks_its_peer_to_outdate_itself() -> None:
+    lone = Lone(disk=STONITH, handlers=("fence-peer",)).ready()
+    ticket = lone.command("disconnect")
+    assert lone.payloads(P.CONN_ST_CHG_REQ) == [bytes.fromhex("0001e1f00000a010")]
+    lone.meta(pack_state_reply(1, 0, True))
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.state.pdsk == D.OUTDATED
+    assert not lone.state.suspended and len(generations(lone)) == 1, "it goes on alone, unfrozen"
+
+
+def test_a_link_that_breaks_while_disconnecting_is_not_consent() -> None:
+    lone = Lone(disk=STONITH, handlers=("fence-peer",)).ready()
+    ticket = lone.command("disconnect")
+    lone.handle(LinkLost(lone.engine.link.ticket, "cable"))
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.conn() == ConnState.STAND_ALONE
+    assert lone.state.pdsk == D.D_UNKNOWN and lone.state.susp_fen
+    exits(lone, 4)
+    assert not lone.state.suspended
+
+
+def test_a_secondary_that_is_refused_outdates_itself() -> None:
+    lone = Lone(disk=STONITH, handlers=("fence-peer",)).as_secondary()
+    ticket = lone.command("disconnect")
+    lone.meta(pack_state_reply(-7, 0, True))
+    assert lone.payloads(P.CONN_ST_CHG_REQ) == [bytes.fromhex("000001f000000010"), bytes.fromhex("00001ff000000a10")]
+    lone.meta(pack_state_reply(1, 0, True))
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.state.disk == D.OUTDATED
