@@ -53,10 +53,10 @@ class Intervals:
                 return other
         busy = self.busy
         if end - first <= len(busy):
-            for block in range(first, end):
-                if block in busy:
-                    return busy[block]
-            return None
+            blocks = range(first, end)
+            if busy.keys().isdisjoint(blocks):
+                return None
+            return next(busy[block] for block in blocks if block in busy)
         for block, other in busy.items():
             if first <= block < end:
                 return other
@@ -95,3 +95,61 @@ class Intervals:
     def wanted(self, entry: Range) -> bool:
         """Does anything wait for *entry*?"""
         return entry in self._waiters
+
+
+def overlap(a: Range, b: Range) -> bool:
+    """Do two ranges share a block?"""
+    a_first, b_first = a.offset >> BLOCK_SHIFT, b.offset >> BLOCK_SHIFT
+    a_end = (a.offset + a.length + BLOCK - 1) >> BLOCK_SHIFT
+    b_end = (b.offset + b.length + BLOCK - 1) >> BLOCK_SHIFT
+    return a_first < b_end and b_first < a_end
+
+
+class OrderedIntervals:
+    """Ranges that start in the order they came wherever they overlap: what the peer's stream demands.
+
+    A range waits for every overlapping one in front of it, also for those that are waiting themselves.
+    """
+
+    __slots__ = ("_held", "_queue")
+
+    def __init__(self) -> None:
+        self._held = Intervals()
+        self._queue: list[tuple[Range, Callable[[], None]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._held) or bool(self._queue)
+
+    def enter(self, entry: Range, start: Callable[[], None]) -> None:
+        """Call *start* once *entry* is at the head of all it overlaps: now, or when `leave` makes way."""
+        if self._free(entry, self._queue):
+            self._held.add(entry)
+            start()
+        else:
+            self._queue.append((entry, start))
+
+    def leave(self, entry: Range) -> None:
+        """A range that started has ended; starts what waited for it."""
+        self._held.remove(entry)
+        if not self._queue:
+            return
+        ready: list[Callable[[], None]] = []
+        waiting: list[tuple[Range, Callable[[], None]]] = []
+        for item in self._queue:
+            if self._free(item[0], waiting):
+                self._held.add(item[0])
+                ready.append(item[1])
+            else:
+                waiting.append(item)
+        self._queue = waiting
+        for start in ready:
+            start()
+
+    def forget_waiting(self) -> None:
+        """Nothing that still waits will start; what has started leaves as usual."""
+        self._queue = []
+
+    def _free(self, entry: Range, ahead: list[tuple[Range, Callable[[], None]]]) -> bool:
+        return self._held.blocker(entry.offset, entry.length) is None and not any(
+            overlap(entry, other) for other, _ in ahead
+        )

@@ -55,6 +55,11 @@ AL_REF: Final = 16  # holds references on its activity-log extents
 IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
 BOTH_OK: Final = LOCAL_OK | PEER_OK
 
+# Plain integers for the hot loops: to look up and compare members of an enum costs several times as much.
+_READ: Final = int(Op.READ)
+_WRITE: Final = int(Op.WRITE)
+_DATA: Final = int(Packet.DATA)
+
 FAST_LENGTH_MAX: Final = 1 << 20
 REQUESTS_MAX: Final = 4096  # requests in the machine before front ends stop reading
 LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
@@ -126,34 +131,33 @@ class Mirror:
         """
         rest: list[Request] = []
         writes: list[Request] = []
-        disk = self.e.out.disk
-        busy, al_get = vol.intervals.busy, vol.al.get
+        disk, busy, refs, n_reads = self.e.out.disk, vol.intervals.busy, vol.al.refs, 0
         for r in batch:
-            offset, length = r.offset, r.length
-            if r.op == Op.READ:
+            op, offset = r.op, r.offset
+            if op == _READ:
                 r.waiting = LOCAL
                 disk.append(r)
-                vol.n_local += 1
+                n_reads += 1
                 continue
-            first, end = offset >> 12, (offset + length + 4095) >> 12
+            first, extent, end = offset >> 12, offset >> 22, offset + r.length
+            n_refs = refs.get(extent)
             if (
-                r.op != Op.WRITE or length > FAST_LENGTH_MAX or first in busy
-                or offset >> 22 != (offset + length - 1) >> 22
+                n_refs is None or first in busy or op != _WRITE or (end - 1) >> 22 != extent
+                or r.length > FAST_LENGTH_MAX
             ):  # fmt: skip
                 rest.append(r)
                 continue
-            if end - first > 1:
-                if any(block in busy for block in range(first, end)) or not al_get(offset >> 22):
-                    rest.append(r)
-                    continue
-                for block in range(first, end):
-                    busy[block] = r
-            else:
-                if not al_get(offset >> 22):
-                    rest.append(r)
-                    continue
+            if end <= (first + 1) << 12:
                 busy[first] = r
+            else:
+                blocks = range(first, (end + 4095) >> 12)
+                if not busy.keys().isdisjoint(blocks):
+                    rest.append(r)
+                    continue
+                busy.update(dict.fromkeys(blocks, r))
+            refs[extent] = n_refs + 1
             writes.append(r)
+        vol.n_local += n_reads
         if writes:
             self._send_batch(vol, writes)
         return rest
@@ -173,7 +177,7 @@ class Mirror:
             for r in now:
                 seq += 1
                 flags = DP_SEND_WRITE_ACK | DP_FUA if r.flags & FUA else DP_SEND_WRITE_ACK
-                pack(headers, at, MAGIC, number, Packet.DATA, 24 + r.length, 0,
+                pack(headers, at, MAGIC, number, _DATA, 24 + r.length, 0,
                      r.offset >> 9, block_id, seq & 0xFFFFFFFF, flags)  # fmt: skip
                 assert r.payload is not None
                 out_data += (view[at : at + 40], r.payload)
@@ -457,14 +461,14 @@ class Mirror:
         self.epochs.popleft()
         self.n_log -= len(epoch.requests)
         self.asked_for_flush = False
-        volumes = self.e.volumes
+        volumes, inflight = self.e.volumes, self.inflight
         for r in epoch.requests:
             if type(r) is Request:
                 r.legs &= ~IN_LOG
                 if not r.waiting & LOCAL:
                     self._drop_extents(volumes[r.volume], r)
-                if self.inflight:
-                    self.inflight.pop(r.block_id, None)  # protocols A and B have no write ack
+                if inflight:
+                    inflight.pop(r.block_id, None)  # protocols A and B have no write ack
         for vol in volumes.values():
             if vol.al.n_wanted:
                 self.kick_activity_log(vol)
@@ -474,9 +478,13 @@ class Mirror:
     def _drop_extents(self, vol: Volume, r: Request) -> None:
         if r.legs & AL_REF:
             r.legs &= ~AL_REF
-            put = vol.al.put
-            for extent in range(r.offset >> 22, ((r.offset + r.length - 1) >> 22) + 1):
-                put(extent)
+            first, last = r.offset >> 22, (r.offset + r.length - 1) >> 22
+            n_refs = vol.al.refs[first]
+            if first == last and n_refs > 1:
+                vol.al.refs[first] = n_refs - 1
+            else:
+                for extent in range(first, last + 1):
+                    vol.al.put(extent)
 
     def _ask_for_flush(self, vol: Volume) -> None:
         """The transfer log holds up the activity log: have the peer flush, so that it can shrink."""
@@ -490,15 +498,17 @@ class Mirror:
     def local_done(self, ops: list[Request]) -> None:
         """The local disk answered these requests."""
         finished: list[Request] = []
+        vol = self.e.volumes[ops[0].volume]
         for r in ops:
-            vol = self.e.volumes[r.volume]
+            if r.volume != vol.number:
+                vol = self.e.volumes[r.volume]
             vol.n_local -= 1
             r.waiting &= ~LOCAL
             if r.error:
                 self._local_failed(vol, r, finished)
                 continue
             r.legs |= LOCAL_OK
-            if r.op == Op.READ:
+            if r.op == _READ:
                 vol.bytes_read += r.length
             else:
                 vol.bytes_written += r.length
@@ -555,33 +565,42 @@ class Mirror:
 
     def finish(self, finished: list[Request]) -> None:
         """These requests have no leg out any more: settle what they leave behind and answer them."""
-        by_volume: dict[int, list[Request]] = {}
         volumes = self.e.volumes
+        if len(volumes) == 1:
+            if finished:
+                self._finish(volumes[finished[0].volume], finished)
+            return
+        by_volume: dict[int, list[Request]] = {}
         for r in finished:
             by_volume.setdefault(r.volume, []).append(r)
         for number, requests in by_volume.items():
-            vol = volumes[number]
-            busy = vol.intervals.busy
-            waiters = []
-            for r in requests:
-                if r.op == Op.READ:
-                    continue
-                if r.legs & BOTH_OK != BOTH_OK or r.legs & IN_SYNC:
-                    self._settle(vol, r)
-                if r.length <= 4096 and not vol.intervals.has_waiters:
-                    first = r.offset >> 12
-                    del busy[first]
-                    last = (r.offset + r.length - 1) >> 12
-                    if last != first:
-                        del busy[last]
-                else:
-                    waiters += vol.intervals.remove(r)
-                if not r.legs & IN_LOG:
-                    self._drop_extents(vol, r)
-                r.payload = None
-            self._answer(vol, requests)
-            for wake in waiters:
-                wake()
+            self._finish(volumes[number], requests)
+
+    def _finish(self, vol: Volume, requests: list[Request]) -> None:
+        intervals, busy = vol.intervals, vol.intervals.busy
+        has_waiters = intervals.has_waiters
+        waiters = []
+        for r in requests:
+            if r.op == _READ:
+                continue
+            legs = r.legs
+            if legs & BOTH_OK != BOTH_OK or legs & IN_SYNC:
+                self._settle(vol, r)
+                has_waiters = intervals.has_waiters
+            offset, length = r.offset, r.length
+            if length <= 4096 and not has_waiters:
+                first, last = offset >> 12, (offset + length - 1) >> 12
+                del busy[first]
+                if last != first:
+                    del busy[last]
+            else:
+                waiters += intervals.remove(r)
+            if not legs & IN_LOG:
+                self._drop_extents(vol, r)
+            r.payload = None
+        self._answer(vol, requests)
+        for wake in waiters:
+            wake()
 
     def _settle(self, vol: Volume, r: Request) -> None:
         """A write that did not simply reach both disks: its bits, and its error."""

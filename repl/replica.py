@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from .meta_writer import CallbackOp
 from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op
 from .states import ConnState, DiskState
-from .units import extents_touched
+from .units import IO_MAX, extents_touched
 from .volume import Volume
 from .wire import (
     ACK,
@@ -28,6 +28,7 @@ from .wire import (
     DP_FLUSH,
     DP_FUA,
     DP_MAY_SET_IN_SYNC,
+    DP_RW_SYNC,
     DP_SEND_RECEIVE_ACK,
     DP_SEND_WRITE_ACK,
     MAGIC,
@@ -39,9 +40,17 @@ from .wire import (
 if TYPE_CHECKING:
     from .engine import Engine
 
+# Plain integers for the hot loops: to look up and compare members of an enum costs several times as much.
+_WRITE: Final = int(Op.WRITE)
+_DATA: Final = int(Packet.DATA)
+_WRITE_ACK: Final = int(Packet.WRITE_ACK)
+
 PAUSE_FACTOR: Final = 10  # pause this many times as long as the last flush took
 PAUSE_MIN_S: Final = 0.02
 PAUSE_MAX_S: Final = 1.0  # far below the 42 s after which a peer gives up on a missing barrier ack
+
+
+_UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags that need the long path
 
 
 class PeerEpoch:
@@ -112,19 +121,19 @@ class Replica:
         count = received = 0
         while n - at >= 40:
             magic, volume, cmd, length, pad, sector, block_id, _, dp = unpack(view, at)
-            end = at + 16 + length
+            length -= 24
+            begin, end = at + 40, at + 40 + length
             if (
-                cmd != Packet.DATA or end > n or magic != MAGIC or volume != number or pad
-                or length <= 24 or length > 24 + (1 << 20) or (length - 24) & 511
-                or (sector << 9) + length - 24 > size
-                or dp & ~(DP_SEND_WRITE_ACK | DP_FUA | 2)
+                cmd != _DATA or end > n or magic != MAGIC or volume != number or pad
+                or length <= 0 or length > IO_MAX or length & 511 or (sector << 9) + length > size
+                or dp & _UNUSUAL
             ):  # fmt: skip
                 break
             disk.append(
-                PeerWrite(Op.WRITE, number, sector, length - 24, view[at + 40 : end],
+                PeerWrite(_WRITE, number, sector, length, view[begin:end],
                           FUA if dp & DP_FUA else 0, block_id, dp, epoch)  # fmt: skip
             )
-            received += length - 24
+            received += length
             count += 1
             at = end
         if count:
@@ -184,6 +193,18 @@ class Replica:
             self.draining = self.e.config.net.protocol != "C"
             self._flush()
             return
+        if vol.state.conn == ConnState.CONNECTED and self.e.config.net.protocol == "C":
+            vol.n_untracked += 1  # the peer sends no overlapping write before it has our ack
+            self._begin(vol, w)
+        else:
+            w.tracked = True
+            vol.peer_intervals.enter(w, lambda: self._begin(vol, w))
+
+    def _begin(self, vol: Volume, w: PeerWrite) -> None:
+        """No overlapping write is in front of this one any more: to the disk, if it still takes it."""
+        if w.epoch.dead or not vol.local:
+            self._withdraw(vol, w)
+            return
         if vol.state.pdsk < DiskState.INCONSISTENT:
             # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
             w.dp &= ~DP_MAY_SET_IN_SYNC
@@ -192,18 +213,18 @@ class Replica:
                 self.al_waiting.append((vol, w))
                 self.e.mirror.kick_activity_log(vol)
                 return
-        if vol.state.conn == ConnState.CONNECTED and self.e.config.net.protocol == "C":
-            vol.n_untracked += 1
-        else:
-            blocker = vol.peer_intervals.blocker(w.offset, w.length)
-            if blocker is not None:
-                vol.peer_intervals.wait(blocker, lambda: self._start(vol, w))
-                return
-            w.tracked = True
-            vol.peer_intervals.add(w)
         self.n_active += 1
         vol.n_local += 1
         self.e.out.disk.append(w)
+
+    def _withdraw(self, vol: Volume, w: PeerWrite) -> None:
+        """A write that never reached the disk."""
+        self._answer(vol, w, Packet.NEG_ACK)
+        if w.tracked:
+            vol.peer_intervals.leave(w)
+        else:
+            vol.n_untracked -= 1
+        self.epochs_check()
 
     def _take_extents(self, vol: Volume, w: PeerWrite) -> bool:
         cold = [extent for extent in extents_touched(w.offset, w.length) if extent not in vol.al.refs]
@@ -220,7 +241,7 @@ class Replica:
         """An activity-log transaction of *vol* ended: try again what waited for it."""
         for _ in range(len(self.al_waiting)):
             volume, w = self.al_waiting.popleft()
-            self._start(volume, w)
+            self._begin(volume, w)
 
     def barrier(self, barrier: int) -> None:
         """P_BARRIER: the epoch is complete."""
@@ -248,8 +269,10 @@ class Replica:
         """The disk answered these writes of the peer: ack them, all in one buffer."""
         self.n_active -= len(ops)
         plain: list[PeerWrite] = []
+        vol = self.e.volumes[ops[0].volume]
         for w in ops:
-            vol = self.e.volumes[w.volume]
+            if w.volume != vol.number:
+                vol = self.e.volumes[w.volume]
             vol.n_local -= 1
             if w.tracked or w.al_ref or w.error or w.epoch.dead or w.dp & DP_MAY_SET_IN_SYNC:
                 self._done_slow(vol, w)
@@ -273,13 +296,14 @@ class Replica:
     def _ack_run(self, plain: list[PeerWrite]) -> None:
         """P_WRITE_ACK for each write, in one buffer."""
         buffer = bytearray(40 * len(plain))
-        pack, at, volumes = ACK.pack_into, 0, self.e.volumes
+        pack, at, vol = ACK.pack_into, 0, self.e.volumes[plain[0].volume]
         for w in plain:
-            vol = volumes[w.volume]
+            if w.volume != vol.number:
+                vol = self.e.volumes[w.volume]
             vol.seq = seq = (vol.seq + 1) & 0xFFFFFFFF
             vol.n_unacked -= 1
             w.epoch.active -= 1
-            pack(buffer, at, MAGIC, w.volume, Packet.WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
+            pack(buffer, at, MAGIC, w.volume, _WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
             at += 40
         self.e.out.meta.append(buffer)
 
@@ -303,13 +327,12 @@ class Replica:
         if w.al_ref:
             for extent in extents_touched(w.offset, w.length):
                 vol.al.put(extent)
-        waiters = vol.peer_intervals.remove(w) if w.tracked else []
         if w.error:
             self.e.disks.failed(vol, w.error, write=True)
         elif cmd == Packet.RS_WRITE_ACK:
             self.e.resync.progressed(vol)
-        for wake in waiters:
-            wake()
+        if w.tracked:
+            vol.peer_intervals.leave(w)
 
     def _answer(self, vol: Volume, w: PeerWrite, cmd: int) -> None:
         w.payload = None
@@ -433,13 +456,13 @@ class Replica:
         self.stall = None
         self.draining = False
         self.stalled.clear()
-        for vol, w in self.al_waiting:
-            w.epoch.dead = True
-            vol.n_unacked = 0
-        self.al_waiting.clear()
         self.flush_waiting = []
         for vol in self.e.volumes.values():
             vol.n_unacked = 0
+            vol.peer_intervals.forget_waiting()
+        waiting, self.al_waiting = self.al_waiting, deque()
+        for vol, w in waiting:
+            self._withdraw(vol, w)
 
     def deadline(self) -> float | None:
         """When the paced flush of complete epochs is due."""

@@ -289,28 +289,29 @@ class Resync:
     def _write_block(
         self, vol: Volume, run: TargetRun, sector: int, lock: Lock, payload: memoryview | None, op: int
     ) -> None:
-        blocker = vol.peer_intervals.blocker(lock.offset, lock.length)
-        if blocker is not None:
-            vol.peer_intervals.wait(blocker, lambda: self._write_block(vol, run, sector, lock, payload, op))
-            return
-        if vol.target is not run:
-            return
         held = Lock(lock.offset, lock.length)
-        vol.peer_intervals.add(held)
-        vol.n_local += 1
-        self.e.replica.n_active += 1
-        flags = MAY_UNMAP if op == Op.ZEROES else 0
-        self.e.out.disk.append(
-            CallbackOp(op, vol.number, lock.offset, lock.length, payload, flags, DATA,
-                       lambda done: self._block_written(vol, run, sector, lock, held, done))
-        )  # fmt: skip
+
+        def start() -> None:
+            if vol.target is not run or not vol.local:
+                if vol.target is run and sector in run.out:
+                    self._target_failed(vol, run, sector, lock)
+                vol.peer_intervals.leave(held)
+                return
+            vol.n_local += 1
+            self.e.replica.n_active += 1
+            flags = MAY_UNMAP if op == Op.ZEROES else 0
+            self.e.out.disk.append(
+                CallbackOp(op, vol.number, lock.offset, lock.length, payload, flags, DATA,
+                           lambda done: self._block_written(vol, run, sector, lock, held, done))
+            )  # fmt: skip
+
+        vol.peer_intervals.enter(held, start)
 
     def _block_written(
         self, vol: Volume, run: TargetRun, sector: int, lock: Lock, held: Lock, op: DiskOp
     ) -> None:
         vol.n_local -= 1
         self.e.replica.n_active -= 1
-        waiters: list[Callable[[], None]] = vol.peer_intervals.remove(held)
         if vol.target is run and sector in run.out:
             if op.error:
                 self._target_failed(vol, run, sector, lock)
@@ -321,8 +322,7 @@ class Resync:
                 vol.set_in_sync(lock.offset, lock.length)
                 self.e.send_ack(Packet.RS_WRITE_ACK, vol, sector, ID_SYNCER, lock.length)
                 self._target_release(vol, run, sector)
-        for wake in waiters:
-            wake()
+        vol.peer_intervals.leave(held)
         self.e.replica_progressed()
         self.progressed(vol)
 

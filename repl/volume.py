@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .activity_log import ActivityLog
 from .bitmap import Bitmap
 from .config import NetOptions, VolumeConfig
-from .intervals import Intervals
+from .intervals import Intervals, OrderedIntervals
 from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
 from .requests import Request
 from .states import ConnState, DiskState, Role, State
@@ -76,7 +76,7 @@ class Volume:
         self.data_version = 0  # counts completed data writes, so that a flush knows whether it is needed
         # in flight
         self.intervals = Intervals()  # of our applications, and ranges resync holds against them
-        self.peer_intervals = Intervals()  # writes on behalf of the peer, while resync may run
+        self.peer_intervals = OrderedIntervals()  # writes on behalf of the peer, where order matters
         self.held: deque[Request] = deque()  # waiting for the state to allow them
         self.al_waiting: deque[Request] = deque()  # waiting for an activity-log transaction
         self.reads: dict[int, Request] = {}  # remote reads by block_id

@@ -230,6 +230,10 @@ class Lone:
         self.take()
         return r
 
+    def out(self) -> list[Request]:
+        """Our writes the peer has not answered, oldest first."""
+        return [r for r in self.engine.mirror.inflight.values() if isinstance(r, Request)]
+
     # ------------------------------------------------------------------ getting somewhere
 
     def loaded(

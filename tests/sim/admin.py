@@ -251,11 +251,23 @@ class Healer:
                 node.command("resume-sync", v)
                 return
             if s.disk is D.DISKLESS and not node.attaches:
-                self.n_attaches += 1
-                if self.n_attaches > 40:
-                    world.fail("liveness", f"{node.config.node} cannot attach: {node.refusals[-3:]}")
-                node.command("attach", v)
+                self._attach(node, v)
                 return
+
+    def _attach(self, node: Node, volume: int) -> None:
+        """Attach; a disk that is refused (not the data shown last) needs a demotion, a disconnect, a restart."""
+        self.n_attaches += 1
+        if self.n_attaches > 60:
+            self.w.fail("liveness", f"{node.config.node} cannot attach: {node.refusals[-3:]}")
+        if self.n_attaches % 12 == 4 and node.primary:
+            close_clients(node)
+        elif self.n_attaches % 12 == 7 and node.state().conn is not C.STAND_ALONE:
+            node.command("disconnect")
+        elif self.n_attaches % 12 == 10:
+            self.w.split_possible = True
+            self.w.crash(node, power=False)
+        else:
+            node.command("attach", volume)
 
     def _reconnect(self) -> None:
         """StandAlone nodes connect again; when that does not hold, the brain is split: one side gives in."""

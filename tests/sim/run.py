@@ -6,6 +6,7 @@ A failing run prints its seed, its mix and the end of its trace; the same seed g
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
@@ -68,6 +69,8 @@ def main() -> int:
     start, n_failed, n_steps, n_acked, n = time.process_time(), 0, 0, 0, 0
     for seed in seeds:
         n += 1
+        if n % 50 == 0:
+            gc.collect()  # worlds are full of cycles
         try:
             world = run_seed(seed)
             n_steps += world.n_steps

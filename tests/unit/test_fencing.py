@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -163,20 +164,18 @@ def test_a_disk_lost_while_frozen_ends_the_freeze_with_errors() -> None:
     lone.run("detach", force=True)
     assert lone.state.disk == D.DISKLESS
     lone.run("resume-io")
-    assert r in lone.done
+    assert r in lone.done and r.error == errno.EIO, "nobody has it"
 
 
 # --------------------------------------------------------------------------------------------- promotion
 
 
 @pytest.mark.parametrize("policy", [STONITH, RESOURCE_ONLY])
-@pytest.mark.parametrize("code", [4, 5, 7])
+@pytest.mark.parametrize("code", [4, 7])
 def test_a_consistent_node_is_promoted_once_the_peer_is_out(policy: dict[str, object], code: int) -> None:
     lone = Lone(disk=policy, handlers=("fence-peer",))
     lone.attach()
     ticket = lone.command("primary")
-    if code == 5:
-        return  # needs an UpToDate disk: test_code_5_counts_only_for_a_good_disk
     exits(lone, code)
     assert lone.answered(ticket) == "done" and lone.state.role == Role.PRIMARY
     assert lone.state.disk == D.UP_TO_DATE and lone.state.pdsk == D.OUTDATED
@@ -239,7 +238,8 @@ def test_a_secondary_that_is_refused_outdates_itself() -> None:
     lone = Lone(disk=STONITH, handlers=("fence-peer",)).as_secondary()
     ticket = lone.command("disconnect")
     lone.meta(pack_state_reply(-7, 0, True))
-    assert lone.payloads(P.CONN_ST_CHG_REQ) == [bytes.fromhex("000001f000000010"), bytes.fromhex("00001ff000000a10")]
+    asked = [p.hex() for p in lone.payloads(P.CONN_ST_CHG_REQ)]
+    assert asked == ["000001f000000010", "00001ff000000a10"]
     lone.meta(pack_state_reply(1, 0, True))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.state.disk == D.OUTDATED

@@ -103,7 +103,7 @@ def test_an_answer_to_a_ping_of_the_last_connection_tells_nobody() -> None:
     lone.settle()
     lone.connect()
     lone.meta(PONG)
-    assert told == [] and lone.conn() == ConnState.CONNECTED
+    assert told == [] and lone.conn() >= ConnState.CONNECTED
 
 
 # ---------------------------------------------------------------------------------------------- ko-count
@@ -143,15 +143,14 @@ def test_without_ko_count_it_may_take_for_ever() -> None:
 
 def test_a_missing_barrier_ack_counts_too() -> None:
     lone, begun = unanswered(ko_count=3, timeout=20)
-    lone.meta(lone.ack(lone.disk[0] if lone.disk else next(iter(lone.engine.mirror.inflight.values()))))  # type: ignore[arg-type]
+    lone.meta(lone.ack(lone.out()[0]))
     talk_until(lone, begun + 6.5)
     assert lone.conn() == ConnState.WF_CONNECTION
 
 
 def test_an_answered_write_does_not_count() -> None:
     lone, begun = unanswered(ko_count=3, timeout=20)
-    r = next(iter(lone.engine.mirror.inflight.values()))
-    lone.meta(lone.ack(r))  # type: ignore[arg-type]
+    lone.meta(lone.ack(lone.out()[0]))
     lone.at(lone.now + 0.1)
     lone.meta(pack_barrier_ack(0, 1))
     talk_until(lone, begun + 60)
