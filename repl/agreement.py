@@ -26,6 +26,8 @@ PDSK_MASK = 0x1E000
 
 
 class Agreement:
+    """Our requests to the peer, one per volume and one for the connection, and our answers to its own."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self._pending: dict[int | None, Callable[[int], None]] = {}

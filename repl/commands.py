@@ -30,6 +30,8 @@ TRIES = 4
 
 
 class Commands:
+    """Runs one story per command; several may be under way, each waits for its own events."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self._stories: dict[str, Callable[[Command], Story]] = {

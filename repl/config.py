@@ -35,6 +35,8 @@ class AfterSb(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskOptions:
+    """drbd.conf's disk section, of one volume."""
+
     size: int = 0  # sectors; 0: the whole device
     on_io_error: str = "detach"  # pass_on | call-local-io-error | detach
     fencing: Fencing = Fencing.DONT_CARE
@@ -60,6 +62,8 @@ class DiskOptions:
 
 @dataclass(frozen=True, slots=True)
 class NetOptions:
+    """drbd.conf's net section."""
+
     protocol: str = "C"
     timeout: int = 60  # 0.1 s
     max_epoch_size: int = 2048
@@ -118,6 +122,8 @@ class MetaDisk:
 
 @dataclass(frozen=True, slots=True)
 class VolumeConfig:
+    """One volume on this host; *peer_disk* is the path of the peer's disk, for messages."""
+
     number: int
     minor: int
     device: str  # /dev/drbdN, or an NBD URI
@@ -129,6 +135,8 @@ class VolumeConfig:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
+    """An address of a node's replication port."""
+
     family: str  # ipv4 | ipv6
     host: str
     port: int

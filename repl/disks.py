@@ -9,6 +9,8 @@ Source: drbd_nl.c, drbd_adm_attach, drbd_determine_dev_size; drbd_int.h, __drbd_
 
 from __future__ import annotations
 
+import errno
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,6 +35,8 @@ Then = Callable[[Refusal | None], None]
 
 
 class Disks:
+    """The disks of all volumes; `Volume` holds their data, this room what happens to them."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self._attaching: dict[int, Then] = {}  # by volume
@@ -291,7 +295,10 @@ class Disks:
             return
         policy = vol.config.disk_options.on_io_error
         what = "meta-data" if meta else "data"
-        self.e.note(vol, f"Local {what} IO error {error}, on-io-error {policy}", level="error")
+        name = errno.errorcode.get(error, str(error))
+        self.e.note(
+            vol, f"Local {what} IO error {name} on {vol.config.disk}, on-io-error {policy}", level="error"
+        )
         if policy == "pass_on" and not meta:
             if write and vol.state.disk == DiskState.UP_TO_DATE:
                 self.e.change(vol, replace(vol.state, disk=DiskState.INCONSISTENT), hard=True, why="I/O error")

@@ -264,6 +264,8 @@ class VolumeStatus:
 
 @dataclass(frozen=True, slots=True)
 class PeerVolumeStatus:
+    """One volume as seen towards the peer; sizes in bytes, counters since the daemon started."""
+
     number: int
     replication: str
     peer_disk: str
@@ -279,6 +281,8 @@ class PeerVolumeStatus:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionStatus:
+    """The connection to the peer."""
+
     name: str  # the peer's host name
     node_id: int
     connection: str
@@ -296,6 +300,8 @@ class ConnectionStatus:
 
 @dataclass(frozen=True, slots=True)
 class ResourceStatus:
+    """Everything `status`, `events2` and the other queries print of a resource."""
+
     name: str
     node_id: int
     role: str

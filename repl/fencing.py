@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class FencingRoom:
+    """Decides when fence-peer runs, what its exit code means, and when frozen I/O goes on."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self._running = False

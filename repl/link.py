@@ -76,6 +76,8 @@ class Stage(Enum):
 
 
 class Link:
+    """The connection: its handshake, what was agreed, and the dispatch of packets on both sockets."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.ticket = 0  # of the attempt or link that counts; answers with another one are stale

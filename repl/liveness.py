@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class Liveness:
+    """Pings and time limits of the connection."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self._heard = 0.0  # anything at all, on either socket

@@ -95,6 +95,8 @@ class PeerFlush:
 
 
 class Mirror:
+    """The requests of our own applications, and the transfer log of what the peer got."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.inflight: dict[int, Request | PeerFlush] = {}

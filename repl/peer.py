@@ -48,6 +48,8 @@ def new_size(usable: int, peer: int, configured: int, last_agreed: int) -> int:
 
 
 class Peer:
+    """The exchange of sizes, generations and states, and the decision that follows from it."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
 

@@ -91,6 +91,8 @@ class PeerWrite(DiskOp):
 
 
 class Replica:
+    """The writes of the peer, all volumes together: epochs belong to the connection."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.epoch = PeerEpoch()

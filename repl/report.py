@@ -33,6 +33,7 @@ def open_refusal(e: Engine, vol: Volume) -> str | None:
 
 
 def resource_status(e: Engine) -> ResourceStatus:
+    """The status of the whole resource at this moment."""
     volumes = [e.volumes[n] for n in sorted(e.volumes)]
     first = volumes[0].state
     suspended = [

@@ -74,6 +74,8 @@ class SourceRun:
 
 
 class Resync:
+    """Bitmap exchange and resync of all volumes, in both directions."""
+
     def __init__(self, engine: Engine) -> None:
         self.e = engine
 
@@ -267,6 +269,9 @@ class Resync:
         """P_RS_DATA_REPLY: write the block, unless we can not."""
         run = vol.target
         lock = run.out.get(sector) if run else None
+        if run is None and not vol.local:  # asked for before our disk went
+            self.e.send_ack(Packet.NEG_ACK, vol, sector, ID_SYNCER, len(payload))
+            return
         if run is None or lock is None or lock.length != len(payload):
             raise PeerProtocolError(f"resync data nobody asked for: sector {sector}, {len(payload)} bytes")
         vol.bytes_received += len(payload)
@@ -279,6 +284,9 @@ class Resync:
         """P_RS_DEALLOCATED: the source's block is all zero."""
         run = vol.target
         lock = run.out.get(sector) if run else None
+        if run is None and not vol.local:
+            self.e.send_ack(Packet.NEG_ACK, vol, sector, ID_SYNCER, length)
+            return
         if run is None or lock is None or lock.length != length:
             raise PeerProtocolError(f"deallocation nobody asked for: sector {sector}, {length} bytes")
         if not vol.local:

@@ -65,6 +65,7 @@ def get_gi(target: Target, console: Console) -> int:
 
 
 def show_gi(target: Target, console: Console) -> int:
+    """drbdmeta show-gi: the generation identifiers explained, the flags and the last agreed size."""
     def work(disk: Disk) -> int:
         superblock, where = disk.find()
         console.say(explain_gi(superblock.gi_line()))

@@ -236,7 +236,7 @@ class Healer:
                 finish_demotion(node)
             else:
                 self._repair(node)
-        if all(not n.commands for n in nodes):
+        if all(n.engine is not None and not n.commands for n in nodes):
             self._reconnect()
             self._choose_source()
 

@@ -203,15 +203,13 @@ class Node:
     # ------------------------------------------------------------------ the outbox
 
     def pump(self) -> None:
-        """Carry out what the machine wants; feed it what was left in the sockets."""
+        """Carry out what the machine wants."""
         engine = self.engine
         assert engine is not None
         for _ in range(1000):
             out = engine.take()
             if not out:
-                if not self._feed_leftovers():
-                    return
-                continue
+                return
             end = self.link
             if (out.data or out.meta) and end is not None and end.started and not end.closed:
                 end.outbound[0].send(out.data)
@@ -224,25 +222,15 @@ class Node:
                 self._effect(effect)
         raise AssertionError("the machine never runs out of things it wants")
 
-    def _feed_leftovers(self) -> bool:
-        """Offer bytes that were received but not consumed; was any taken?"""
-        taken = False
-        for socket in (0, 1):
-            end = self.link
-            if end is not None and end.started and not end.closed and end.inbound[socket].rx:
-                taken |= self.feed(socket)
-        return taken
-
-    def feed(self, socket: int) -> bool:
+    def feed(self, socket: int) -> None:
+        """Hand the machine what has arrived on *socket*, together with what it left over last time."""
         engine, end = self.engine, self.link
         assert engine is not None and end is not None
         pipe = end.inbound[socket]
         view = memoryview(pipe.rx)
         n = engine.receive_meta(view) if socket else engine.receive_data(view)
         assert 0 <= n <= len(view)
-        if n:
-            pipe.rx = pipe.rx[n:]
-        return n > 0
+        pipe.rx = pipe.rx[n:]
 
     def _effect(self, effect: Effect) -> None:
         world = self.world

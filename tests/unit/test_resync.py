@@ -467,3 +467,16 @@ def test_a_rate_limit_wakes_the_machine_when_the_next_byte_is_allowed() -> None:
     lone.data(reply(0, 256))
     lone.settle()
     assert lone.engine.deadline() == due
+
+
+def test_replies_asked_for_before_the_targets_disk_failed_are_drained() -> None:
+    lone = Lone().target((0, 1), (9, 10))
+    lone.data(reply(0))
+    lone.answer(error=errno.ENOSPC)
+    lone.settle()
+    assert lone.state.disk == DiskState.DISKLESS and lone.conn() == ConnState.CONNECTED
+    assert any("ENOSPC on /dev/fake0" in note for note in lone.notes())
+    lone.packets.clear()
+    lone.data(reply(9))
+    assert [unpack_ack(p)[:2] for p in lone.payloads(P.NEG_ACK)] == [(72, ID_SYNCER)]
+    assert lone.conn() == ConnState.CONNECTED and not lone.closed
