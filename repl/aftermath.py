@@ -40,9 +40,9 @@ def follow(e: Engine, vol: Volume, old: State, new: State, *, tell_peer: bool) -
     if e.connected and new.conn > C.WF_REPORT_PARAMS:
         if tell_peer:
             _tell_peer(e, vol, old, new)
-        e.mirror.close_epoch()
+        e.log.close_epoch()
     if old.pdsk >= D.INCONSISTENT > new.pdsk and new.connected:
-        e.mirror.log_out_of_sync(vol)
+        e.log.mark_out_of_sync(vol)
     _sequences(e, vol, old, new)
     _disk(e, vol, old, new)
     if new.role == Role.PRIMARY and _no_data(new) and not (old.role == Role.PRIMARY and _no_data(old)):

@@ -320,7 +320,7 @@ class Commands:
                 return refusal(checked.code)
             # Only a Primary makes a new generation when it loses its peer, so the peer must hold everything
             # stably (or be lost) before this node stops being one.
-            yield self.e.mirror.when_log_empty
+            yield self.e.log.when_empty
             code = yield from self._ask(vol, role=Role.SECONDARY)
             if code < SUCCESS:
                 return refusal(code)

@@ -10,7 +10,6 @@ Source: drbd_nl.c, drbd_adm_attach, drbd_determine_dev_size; drbd_int.h, __drbd_
 from __future__ import annotations
 
 import errno
-import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING

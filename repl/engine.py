@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol, Any
+from typing import Any, Protocol
 
 from . import aftermath, report
 from .agreement import LOST, Agreement
@@ -43,6 +43,7 @@ from .events import (
     StateChanged,
 )
 from .fencing import FencingRoom
+from .flushes import Flushes
 from .link import Link, Stage
 from .liveness import Liveness
 from .mirror import Mirror
@@ -51,6 +52,7 @@ from .replica import PeerWrite, Replica
 from .requests import DiskOp, Request
 from .resync import Resync
 from .states import ConnState, DiskState, Role, State, describe_change
+from .transfer_log import TransferLog
 from .transition import Facts, change
 from .volume import Volume
 from .wire import pack_ack
@@ -88,6 +90,8 @@ class Engine:
         self._next_change: list[Callable[[Any], None]] = []
         self._quiet: list[tuple[Volume, Callable[[], None]]] = []
         self._connect_at: float | None = None
+        self.log = TransferLog(self)
+        self.flushes = Flushes(self)
         self.mirror = Mirror(self)
         self.replica = Replica(self)
         self.resync = Resync(self)
@@ -225,7 +229,7 @@ class Engine:
     def tick(self, now: float) -> None:
         """Time has passed; see `deadline`."""
         self.now = now
-        self.mirror.tick(now)
+        self.log.tick(now)
         self.replica.tick()
         self.resync.tick(now)
         self.liveness.tick(now)
@@ -239,7 +243,7 @@ class Engine:
     def deadline(self) -> float | None:
         """When `tick` is wanted next; None: only after something else happens."""
         times = [
-            self.mirror.barrier_at, self.replica.deadline(), self.resync.deadline(), self.liveness.deadline(),
+            self.log.barrier_at, self.replica.deadline(), self.resync.deadline(), self.liveness.deadline(),
             self._connect_at if not self._connect_blocked() else None,
             *(t[0] for t in self._timers),
         ]  # fmt: skip
@@ -516,9 +520,9 @@ class Engine:
             self.resync.aborted(vol)
         keep = self.config.net.protocol == "C" and any(v.state.suspended for v in self.volumes.values())
         if keep:
-            self.mirror.keep()
+            self.log.keep()
         else:
-            self.mirror.connection_lost()
+            self.log.connection_lost()
         for vol in self.volumes.values():
             self.mirror.reads_lost(vol)
         self.replica.connection_lost()
@@ -542,7 +546,7 @@ class Engine:
 
     def forget_peer_writes(self) -> None:
         """What the lost peer had not confirmed is out of sync from now on."""
-        self.mirror.connection_lost()
+        self.log.connection_lost()
 
     # ------------------------------------------------------------------------------ configuration
 

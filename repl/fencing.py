@@ -129,12 +129,12 @@ class FencingRoom:
     def all_connected(self) -> None:
         """Every volume is connected again: the peer never went, send again what it did not answer."""
         frozen = [v for v in self.e.volumes.values() if v.state.susp_fen or v.state.susp_nod]
-        if not frozen and not self.e.mirror.kept:
+        if not frozen and not self.e.log.kept:
             return
         if all(v.state.pdsk == DiskState.UP_TO_DATE for v in self.e.volumes.values() if v.new_current_pending):
             for vol in self.e.volumes.values():
                 vol.new_current_pending = False
-            self.e.mirror.replay()
+            self.e.log.replay()
         else:  # it came back without its disk, so perhaps without its memory: its next attach is a resync
             self.e.forget_peer_writes()
             self.e.make_pending_generations()

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 from .config import AfterSb
 from .digests import hmac_response, hmac_size
 from .errors import PeerProtocolError
-from .mirror import PEER, PEER_OK, PeerFlush
 from .requests import Request
 from .states import ConnState, DiskState
+from .transfer_log import PEER, PEER_OK, PeerFlush
 from .units import DISCARD_MAX, IO_MAX
 from .volume import Volume
 from .wire import (
@@ -411,7 +411,7 @@ class Link:
     def _data_reply(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, _, _ = unpack_data(payload)
         data = self._payload(payload, payload[24:])
-        if self.e.mirror.fence_passed(block_id):
+        if self.e.log.fence_passed(block_id):
             return
         r: Request | None = vol.reads.get(block_id)
         if r is None or r.offset != sector << 9 or r.length != len(data):
@@ -483,7 +483,7 @@ class Link:
     def _write_acks(self, view: memoryview, at: int, finished: list[Request]) -> int:
         """Take the run of P_WRITE_ACK for ordinary writes that starts at *at*; returns where it ends."""
         unpack, end = ACK.unpack_from, len(view) - 40
-        inflight, volumes, n_pending = self.e.mirror.inflight, self.e.volumes, 0
+        inflight, volumes, n_pending = self.e.log.inflight, self.e.volumes, 0
         vol: Volume | None = None
         while at <= end:
             magic, _, cmd, length, pad, sector, block_id, _, _ = unpack(view, at)
@@ -512,7 +512,7 @@ class Link:
         if r is None:
             raise PeerProtocolError(f"ack for a write nobody sent: sector {sector}, block_id {block_id:#x}")
         assert isinstance(r, PeerFlush)
-        self.e.mirror.flush_acked(r)
+        self.e.flushes.acked(r)
 
     def _meta_packet(self, number: int, cmd: int, payload: memoryview, finished: list[Request]) -> None:
         e = self.e
@@ -521,7 +521,7 @@ class Link:
         elif cmd == Packet.PING_ACK:
             e.liveness.pong()
         elif cmd == Packet.BARRIER_ACK:
-            fault = e.mirror.barrier_acked(*unpack_barrier_ack(payload))
+            fault = e.log.barrier_acked(*unpack_barrier_ack(payload))
             if fault:
                 raise PeerProtocolError(fault)
         elif cmd in (Packet.STATE_CHG_REPLY, Packet.CONN_ST_CHG_REPLY):
@@ -551,7 +551,7 @@ class Link:
             elif cmd == Packet.NEG_ACK:
                 e.resync.block_refused(vol, size)
         elif cmd in (Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.RECV_ACK):
-            r = e.mirror.inflight.pop(block_id, None)
+            r = e.log.inflight.pop(block_id, None)
             if r is None or isinstance(r, PeerFlush):
                 self._flush_or_unknown(vol.number, sector, block_id, r)
             elif r.offset >> 9 != sector:
@@ -559,11 +559,11 @@ class Link:
             else:
                 e.mirror.peer_acked(r, cmd == Packet.RS_WRITE_ACK, finished)
         elif cmd == Packet.NEG_ACK:
-            r = e.mirror.inflight.pop(block_id, None)
+            r = e.log.inflight.pop(block_id, None)
             if isinstance(r, PeerFlush):
                 # It has lost its disk, or is about to say so: what it did not flush is out of sync.
-                e.mirror.log_out_of_sync(r.volume)
-                e.mirror.flush_refused(r)
+                e.log.mark_out_of_sync(r.volume)
+                e.flushes.refused(r)
             elif r is not None:
                 e.mirror.peer_refused(r, finished)
             else:  # protocols A and B answered it long ago

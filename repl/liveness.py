@@ -72,7 +72,7 @@ class Liveness:
 
     def _oldest(self) -> float | None:
         net = self.e.config.net
-        since = self.e.mirror.oldest_unanswered()
+        since = self.e.log.oldest_unanswered()
         return None if since is None or not net.ko_count else since + net.ko_count * net.timeout / 10
 
     def tick(self, now: float) -> None:

@@ -1,30 +1,37 @@
-"""The writes and reads of our own applications: from submit to the answer, and the log of what the peer may lose.
+"""The writes and reads of our own applications: from submit to the answer.
 
 Decides when a request may start (state, overlap, activity log), where it goes (local disk, peer, or a
-note that the peer misses it), and when it is answered. Keeps the transfer log: every mirrored write stays
-in its epoch until the peer has acknowledged the epoch's barrier; when the peer is lost before that, the
-range becomes out of sync, also when the application was answered long ago.
+note that the peer misses it), and when it is answered. What the peer may still lose is `transfer_log`'s;
+flushes have a room of their own.
 
 Relies on `volume.fast` for the short path; the long path (`enter`) is the specification.
-Source of the rules: drbd_req.c, and wire sections on epochs and barriers of protocol 100+.
+Source of the rules: drbd_req.c.
 """
 
 from __future__ import annotations
 
 import errno
-from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from .meta_writer import CallbackOp
-from .requests import FUA, MAY_UNMAP, DiskOp, Op, Request
+from .requests import FUA, MAY_UNMAP, Op, Request
 from .states import ConnState, DiskState, Role
-from .units import SECTOR, extents_touched
+from .transfer_log import (
+    AL_REF,
+    BOTH_OK,
+    IN_LOG,
+    IN_SYNC,
+    LOCAL,
+    LOCAL_OK,
+    LOG_MAX,
+    MIRRORED,
+    PEER,
+    PEER_OK,
+)
+from .units import extents_touched
 from .volume import Volume
 from .wire import (
     DATA_PACKET,
     DP_DISCARD,
-    DP_FLUSH,
     DP_FUA,
     DP_MAY_SET_IN_SYNC,
     DP_SEND_RECEIVE_ACK,
@@ -33,7 +40,6 @@ from .wire import (
     MAGIC,
     Feature,
     Packet,
-    pack_barrier,
     pack_block_desc,
     pack_block_req,
     pack_data,
@@ -43,18 +49,6 @@ from .wire import (
 if TYPE_CHECKING:
     from .engine import Engine
 
-# Bits of Request.waiting.
-LOCAL: Final = 1
-PEER: Final = 2
-# Bits of Request.legs.
-LOCAL_OK: Final = 1
-PEER_OK: Final = 2
-MIRRORED: Final = 4  # the peer was sent the data
-IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
-AL_REF: Final = 16  # holds references on its activity-log extents
-IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
-BOTH_OK: Final = LOCAL_OK | PEER_OK
-
 # Plain integers for the hot loops: to look up and compare members of an enum costs several times as much.
 _READ: Final = int(Op.READ)
 _WRITE: Final = int(Op.WRITE)
@@ -62,54 +56,17 @@ _DATA: Final = int(Packet.DATA)
 
 FAST_LENGTH_MAX: Final = 1 << 20
 REQUESTS_MAX: Final = 4096  # requests in the machine before front ends stop reading
-LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
-BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
 
 BLOCKED_CONNS: Final = frozenset((ConnState.WF_BITMAP_T, ConnState.WF_SYNC_UUID, ConnState.STARTING_SYNC_T))
 
 
-class Epoch:
-    """The mirrored writes between two P_BARRIER packets."""
-
-    __slots__ = ("barrier", "barrier_sent", "closed", "n_sent", "requests", "since")
-
-    def __init__(self, barrier: int, now: float) -> None:
-        self.barrier = barrier
-        self.requests: list[Request | PeerFlush] = []
-        self.n_sent = 0
-        self.closed = False
-        self.barrier_sent = False
-        self.since = now
-
-
-class PeerFlush:
-    """An empty P_DATA with the flush flag: the peer answers when everything before it is stable there."""
-
-    __slots__ = ("answers", "block_id", "volume", "waiting")
-
-    def __init__(self, volume: Volume, block_id: int, answers: bool) -> None:
-        self.volume = volume
-        self.block_id = block_id
-        self.answers = answers  # the flushes of `Volume.flush_batch` wait for this one
-        self.waiting = PEER
-
-
 class Mirror:
-    """The requests of our own applications, and the transfer log of what the peer got."""
+    """The requests of our own applications."""
 
     def __init__(self, engine: Engine) -> None:
         self.e = engine
-        self.inflight: dict[int, Request | PeerFlush] = {}
-        self.fences: dict[int, PeerFlush] = {}  # flushes that a read behind a barrier stands for
-        self.epochs: deque[Epoch] = deque()
-        self.n_log = 0
-        self.barrier_nr = 0
-        self.barrier_at: float | None = None
-        self.next_id = 1
+        self.log = engine.log
         self.n_app = 0
-        self.asked_for_flush = False
-        self.kept = False  # the log is from a connection that is gone, and waits for the next one
-        self._log_waiters: list[Callable[[None], None]] = []
 
     # ------------------------------------------------------------------------------ entry
 
@@ -119,8 +76,8 @@ class Mirror:
         self.n_app += n
         vol.n_app += n
         vol.last_app_io = self.e.now
-        if self.n_log > LOG_MAX // 2:
-            self._ask_for_flush(vol)
+        if self.log.n_requests > LOG_MAX // 2:
+            self.log.ask_for_flush(vol)
         if vol.fast and not vol.intervals.large:
             batch = self._submit_fast(vol, batch)
         for r in batch:
@@ -167,14 +124,14 @@ class Mirror:
     def _send_batch(self, vol: Volume, writes: list[Request]) -> None:
         """Frame *writes* as P_DATA and start them on both disks."""
         while writes:
-            epoch = self.epoch_for_write()
+            epoch = self.log.epoch_for_write()
             room = self.e.config.net.max_epoch_size - epoch.n_sent
             now, writes = writes[:room], writes[room:]
             n = len(now)
             headers = bytearray(40 * n)
             view, pack, at = memoryview(headers), DATA_PACKET.pack_into, 0
-            out_data, inflight = self.e.out.data, self.inflight
-            number, seq, block_id = vol.number, vol.seq, self.next_id
+            out_data, inflight = self.e.out.data, self.log.inflight
+            number, seq, block_id = vol.number, vol.seq, self.log.next_id
             sent = 0
             for r in now:
                 seq += 1
@@ -191,10 +148,10 @@ class Mirror:
                 sent += r.length
                 block_id += 1
                 at += 40
-            vol.seq, self.next_id = seq, block_id
+            vol.seq, self.log.next_id = seq, block_id
             epoch.requests += now
             epoch.n_sent += n
-            self.n_log += n
+            self.log.n_requests += n
             vol.n_pending += n
             vol.n_local += n
             vol.bytes_sent += sent
@@ -212,7 +169,7 @@ class Mirror:
             self._fail(vol, r, errno.EPERM)
         elif r.op == Op.FLUSH:
             vol.flush_waiting.append(r)
-            self._start_flush(vol)
+            self.e.flushes.start(vol)
         elif r.op == Op.READ:
             self._read(vol, r)
         else:
@@ -226,7 +183,7 @@ class Mirror:
     def _fail(self, vol: Volume, r: Request, error: int) -> None:
         r.error = error
         r.waiting = 0
-        self._answer(vol, [r])
+        self.answer(vol, [r])
 
     # ------------------------------------------------------------------------------ reads
 
@@ -254,12 +211,12 @@ class Mirror:
         r.payload = data
         r.waiting = 0
         vol.bytes_received += len(data)
-        self._answer(vol, [r])
+        self.answer(vol, [r])
         return True
 
     def read_refused(self, vol: Volume, block_id: int) -> None:
         """P_NEG_DREPLY: another copy, or an error."""
-        if self.fence_passed(block_id):
+        if self.log.fence_passed(block_id):
             return
         r = vol.reads.pop(block_id, None)
         if r is not None:
@@ -276,7 +233,7 @@ class Mirror:
             self._fail(vol, r, errno.EIO)
             return
         if r.length == 0:
-            self._answer(vol, [r])
+            self.answer(vol, [r])
             return
         blocker = vol.intervals.blocker(r.offset, r.length)
         if blocker is not None:
@@ -310,7 +267,7 @@ class Mirror:
         transaction = vol.al.begin()
         if transaction is None:
             if not vol.al.busy:  # every slot is in use: the peer's next barrier ack frees some
-                self._ask_for_flush(vol)
+                self.log.ask_for_flush(vol)
             return
         if vol.config.disk_options.al_updates:
             vol.meta.write_transaction(transaction, lambda ok: self._transaction_done(vol, ok))
@@ -345,7 +302,7 @@ class Mirror:
             return
         r.waiting = 0
         if vol.mirror:
-            self._send(vol, r)
+            self.send(vol, r)
         elif vol.local:
             newly_set = vol.set_out_of_sync(r.offset, r.length)
             if vol.tell_out_of_sync and newly_set:
@@ -358,12 +315,12 @@ class Mirror:
             self.e.out.disk.append(r)
         assert r.waiting, "a write must go somewhere"
 
-    def _send(self, vol: Volume, r: Request) -> None:
+    def send(self, vol: Volume, r: Request) -> None:
         """Put one write on the data socket and into the transfer log."""
         e = self.e
-        epoch = self.epoch_for_write()
-        block_id = self.next_id
-        self.next_id += 1
+        epoch = self.log.epoch_for_write()
+        block_id = self.log.next_id
+        self.log.next_id += 1
         vol.seq += 1
         protocol = e.config.net.protocol
         flags = DP_FUA if r.flags & FUA else 0
@@ -400,7 +357,7 @@ class Mirror:
         r.block_id = block_id
         r.epoch = epoch
         r.legs |= MIRRORED | IN_LOG
-        self.inflight[block_id] = r
+        self.log.inflight[block_id] = r
         if waits:
             r.waiting |= PEER
             vol.n_pending += 1
@@ -408,92 +365,7 @@ class Mirror:
             r.legs |= PEER_OK
         epoch.requests.append(r)
         epoch.n_sent += 1
-        self.n_log += 1
-
-    # ------------------------------------------------------------------------------ epochs
-
-    def epoch_for_write(self) -> Epoch:
-        """The open epoch; ends the previous one with its P_BARRIER when it was closed."""
-        if self.epochs:
-            epoch = self.epochs[-1]
-            if not epoch.closed and epoch.n_sent < self.e.config.net.max_epoch_size:
-                return epoch
-            epoch.closed = True
-            self.send_barrier(epoch)
-        epoch = Epoch(self.barrier_nr, self.e.now)
-        self.barrier_nr = (self.barrier_nr + 1) & 0xFFFFFFFF
-        self.epochs.append(epoch)
-        return epoch
-
-    def send_barrier(self, epoch: Epoch) -> None:
-        if not epoch.barrier_sent and epoch.n_sent:
-            epoch.barrier_sent = True
-            self.e.out.data.append(pack_barrier(epoch.barrier))
-        self.barrier_at = None
-
-    def close_epoch(self) -> None:
-        """End the open epoch now, if it has writes (a flush, a state change, an idle sender)."""
-        if self.epochs and self.epochs[-1].n_sent:
-            self.epochs[-1].closed = True
-            self.send_barrier(self.epochs[-1])
-
-    def when_log_empty(self, then: Callable[[None], None]) -> None:
-        """Call *then* once the peer has confirmed every write as stable, or is lost."""
-        if any(epoch.n_sent for epoch in self.epochs):
-            self.close_epoch()
-            self._log_waiters.append(then)
-        else:
-            then(None)
-
-    def _log_shrank(self) -> None:
-        if self._log_waiters and not any(epoch.n_sent for epoch in self.epochs):
-            waiters, self._log_waiters = self._log_waiters, []
-            for then in waiters:
-                then(None)
-
-    def barrier_acked(self, barrier: int, set_size: int) -> str:
-        """P_BARRIER_ACK; returns a sentence when it does not fit, else an empty string."""
-        if not self.epochs or not self.epochs[0].barrier_sent:
-            return f"barrier ack {barrier} without an open barrier"
-        epoch = self.epochs[0]
-        if epoch.barrier != barrier or epoch.n_sent != set_size:
-            return (
-                f"barrier ack {barrier} for {set_size} writes, expected {epoch.barrier} for {epoch.n_sent}"
-            )
-        self.epochs.popleft()
-        self.n_log -= len(epoch.requests)
-        self.asked_for_flush = False
-        volumes, inflight = self.e.volumes, self.inflight
-        for r in epoch.requests:
-            if type(r) is Request:
-                r.legs &= ~IN_LOG
-                if not r.waiting & LOCAL:
-                    self._drop_extents(volumes[r.volume], r)
-                if inflight:
-                    inflight.pop(r.block_id, None)  # protocols A and B have no write ack
-        for vol in volumes.values():
-            if vol.al.n_wanted:
-                self.kick_activity_log(vol)
-        self._log_shrank()
-        return ""
-
-    def _drop_extents(self, vol: Volume, r: Request) -> None:
-        if r.legs & AL_REF:
-            r.legs &= ~AL_REF
-            first, last = r.offset >> 22, (r.offset + r.length - 1) >> 22
-            n_refs = vol.al.refs[first]
-            if first == last and n_refs > 1:
-                vol.al.refs[first] = n_refs - 1
-            else:
-                for extent in range(first, last + 1):
-                    vol.al.put(extent)
-
-    def _ask_for_flush(self, vol: Volume) -> None:
-        """The transfer log holds up the activity log: have the peer flush, so that it can shrink."""
-        if not self.asked_for_flush and self.n_log and vol.mirror:
-            self.asked_for_flush = True
-            self._send_flush(vol)
-            self.close_epoch()
+        self.log.n_requests += 1
 
     # ------------------------------------------------------------------------------ completions
 
@@ -538,8 +410,8 @@ class Mirror:
 
     def _read_from_peer(self, vol: Volume, r: Request) -> None:
         r.waiting = PEER
-        r.block_id = self.next_id
-        self.next_id += 1
+        r.block_id = self.log.next_id
+        self.log.next_id += 1
         vol.reads[r.block_id] = r
         self.e.out.data.append(
             pack_block_req(Packet.DATA_REQUEST, vol.number, r.offset >> 9, r.block_id, r.length)
@@ -598,9 +470,9 @@ class Mirror:
             else:
                 waiters += intervals.remove(r)
             if not legs & IN_LOG:
-                self._drop_extents(vol, r)
+                self.log.drop_extents(vol, r)
             r.payload = None
-        self._answer(vol, requests)
+        self.answer(vol, requests)
         for wake in waiters:
             wake()
 
@@ -621,23 +493,16 @@ class Mirror:
 
     def _release(self, vol: Volume, r: Request) -> None:
         """Give back the range and the extents of a write that did not start after all."""
-        self._drop_extents(vol, r)
+        self.log.drop_extents(vol, r)
         for wake in vol.intervals.remove(r):
             wake()
 
-    def _answer(self, vol: Volume, requests: list[Request]) -> None:
+    def answer(self, vol: Volume, requests: list[Request]) -> None:
         """Hand requests back, unless answers are held (a new generation is not durable, I/O is frozen)."""
         if vol.completion_gates or vol.state.suspended:
             vol.gated += requests
             return
-        if self.epochs:
-            epoch = self.epochs[-1]
-            if not epoch.closed and epoch.n_sent:
-                for r in requests:
-                    if r.epoch is epoch:
-                        epoch.closed = True
-                        self.barrier_at = self.e.now + BARRIER_DELAY_S
-                        break
+        self.log.answered(requests)
         n = len(requests)
         self.n_app -= n
         vol.n_app -= n
@@ -652,165 +517,9 @@ class Mirror:
                     r.error = errno.EIO
         if vol.gated and not vol.completion_gates and not vol.state.suspended:
             gated, vol.gated = vol.gated, []
-            self._answer(vol, gated)
-
-    # ------------------------------------------------------------------------------ flush
-
-    def _start_flush(self, vol: Volume) -> None:
-        """Start the next flush when none is running; every flush that waits shares it."""
-        if vol.flush_batch or not vol.flush_waiting:
-            return
-        vol.flush_batch, vol.flush_waiting = vol.flush_waiting, []
-        vol.flush_legs = 0
-        for r in vol.flush_batch:
-            r.legs = 0
-        self.close_epoch()
-        if vol.mirror:
-            vol.flush_legs |= PEER
-            self._send_flush(vol, answers=True)
-        if vol.local:
-            vol.flush_legs |= LOCAL
-            vol.n_local += 1
-            op = CallbackOp(Op.FLUSH, vol.number, 0, 0, None, 0, 0, lambda op: self._flushed_locally(vol, op))
-            self.e.out.disk.append(op)
-        if not vol.flush_legs:
-            self._flush_done(vol)
-
-    def _send_flush(self, vol: Volume, *, answers: bool = False) -> None:
-        if self.e.integrity and not self.e.link.peer_sends_flushes:
-            self._send_fence(vol, answers)
-            return
-        epoch = self.epoch_for_write()
-        flush = PeerFlush(vol, self.next_id, answers)
-        self.next_id += 1
-        vol.seq += 1
-        self.inflight[flush.block_id] = flush
-        epoch.requests.append(flush)
-        epoch.n_sent += 1
-        self.n_log += 1
-        self.e.out.data.append(
-            pack_data(Packet.DATA, vol.number, 0, flush.block_id, vol.seq & 0xFFFFFFFF,
-                      DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())  # fmt: skip
-        )
-
-    def _send_fence(self, vol: Volume, answers: bool) -> None:
-        """Have a kernel with data-integrity-alg flush; no empty P_DATA then.
-
-        DRBD 8.4.11 computes the digest of an empty P_DATA over a page that is not there and takes its
-        host down (drbd_csum_ee). But it flushes its disks at each barrier before it looks at what
-        follows (receive_Barrier), so the answer to a read behind the barrier says that it has.
-        """
-        self.close_epoch()
-        if answers:
-            fence = PeerFlush(vol, self.next_id, answers)
-            self.next_id += 1
-            self.fences[fence.block_id] = fence
-            self.e.out.data.append(
-                pack_block_req(Packet.DATA_REQUEST, vol.number, 0, fence.block_id, SECTOR)
-            )
-
-    def fence_passed(self, block_id: int) -> bool:
-        """The peer answered a read; False unless it stands for a flush. A refusal passed the barrier too."""
-        fence = self.fences.pop(block_id, None)
-        if fence is None:
-            return False
-        self.flush_acked(fence)
-        return True
-
-    def _flushed_locally(self, vol: Volume, op: DiskOp) -> None:
-        vol.n_local -= 1
-        if op.error:
-            self.e.disks.failed(vol, op.error, write=True)
-            if vol.state.disk >= DiskState.CONSISTENT:  # pass_on kept it in the mirror: the flush failed
-                for r in vol.flush_batch:
-                    r.error = op.error
-        else:
-            for r in vol.flush_batch:
-                r.legs |= LOCAL_OK
-        self._flush_leg(vol, LOCAL)
-
-    def flush_acked(self, flush: PeerFlush) -> None:
-        flush.waiting = 0
-        self.close_epoch()
-        if flush.answers:  # one that only shortens the log was sent before what the client wants stable
-            for r in flush.volume.flush_batch:
-                r.legs |= PEER_OK
-            self._flush_leg(flush.volume, PEER)
-
-    def flush_refused(self, flush: PeerFlush) -> None:
-        """The peer could not flush; the local disk alone answers."""
-        flush.waiting = 0
-        if flush.answers:
-            self._flush_leg(flush.volume, PEER)
-
-    def _flush_leg(self, vol: Volume, leg: int) -> None:
-        if vol.flush_batch and vol.flush_legs & leg:
-            vol.flush_legs &= ~leg
-            if not vol.flush_legs:
-                self._flush_done(vol)
-
-    def _flush_done(self, vol: Volume) -> None:
-        batch, vol.flush_batch = vol.flush_batch, []
-        for r in batch:
-            if not r.legs & BOTH_OK:
-                r.error = errno.EIO
-        self._answer(vol, batch)
-        self._start_flush(vol)
+            self.answer(vol, gated)
 
     # ------------------------------------------------------------------------------ the peer is gone
-
-    def connection_lost(self) -> None:
-        """Forget the peer: whatever it had not confirmed as stable becomes out of sync."""
-        epochs, self.epochs = self.epochs, deque()
-        self.inflight = {}
-        self.n_log = 0
-        self.barrier_at = None
-        self.asked_for_flush = False
-        self.kept = False
-        finished: list[Request] = []
-        flushes: list[PeerFlush] = list(self.fences.values())
-        self.fences = {}
-        volumes = self.e.volumes
-        for epoch in epochs:
-            for r in epoch.requests:
-                if type(r) is not Request:
-                    assert isinstance(r, PeerFlush)
-                    flushes.append(r)
-                    continue
-                vol = volumes[r.volume]
-                vol.set_out_of_sync(r.offset, r.length)
-                r.legs &= ~(IN_LOG | PEER_OK)
-                if r.waiting & PEER:
-                    r.waiting &= ~PEER
-                    vol.n_pending -= 1
-                    if not r.waiting:
-                        finished.append(r)
-                elif not r.waiting:
-                    self._drop_extents(vol, r)
-        self.finish(finished)
-        for flush in flushes:
-            if flush.waiting:
-                self._flush_leg(flush.volume, PEER)
-        for vol in volumes.values():
-            if vol.al.n_wanted:
-                self.kick_activity_log(vol)
-        self._log_shrank()
-
-    def n_bits_held(self, vol: Volume) -> int:
-        """How many bits may still be set only because our own disk is slower than the sync target's."""
-        return sum(
-            ((r.offset + r.length + 4095) >> 12) - (r.offset >> 12)
-            for epoch in self.epochs
-            for r in epoch.requests
-            if type(r) is Request and r.volume == vol.number and r.legs & IN_SYNC and r.waiting & LOCAL
-        )
-
-    def log_out_of_sync(self, vol: Volume) -> None:
-        """The peer lost its disk: nothing it holds unflushed counts any more."""
-        for epoch in self.epochs:
-            for r in epoch.requests:
-                if type(r) is Request and r.volume == vol.number:
-                    vol.set_out_of_sync(r.offset, r.length)
 
     def reads_lost(self, vol: Volume) -> None:
         """Reads that waited for the peer: another copy, or held back, or an error."""
@@ -819,56 +528,9 @@ class Mirror:
             r.waiting = 0
             self.enter(vol, r)
 
-    def keep(self) -> None:
-        """The connection is gone while I/O is frozen: the log stays for `replay` or `connection_lost`."""
-        self.kept = bool(self.epochs)
-        self.barrier_at = None
-        if self.epochs:  # no barrier of this connection may go out on the next one
-            self.epochs[-1].closed = self.epochs[-1].barrier_sent = True
-
-    def replay(self) -> None:
-        """The peer is back and never lost its memory: send again what it did not answer.
-
-        What it did answer counts as written, but not yet as stable: it stays in the log until the next
-        barrier ack, so that it is not forgotten should the peer lose its memory after all.
-        """
-        self.kept = False
-        epochs, self.epochs = self.epochs, deque()
-        self.inflight = {}
-        self.n_log = 0
-        answered: list[Request] = []
-        fences, self.fences = self.fences, {}
-        for epoch in epochs:
-            for r in epoch.requests:
-                if isinstance(r, PeerFlush):
-                    if r.waiting:
-                        self._send_flush(r.volume, answers=r.answers)
-                    continue
-                vol = self.e.volumes[r.volume]
-                if r.waiting & PEER:
-                    r.waiting &= ~PEER
-                    vol.n_pending -= 1
-                    self._send(vol, r)
-                else:
-                    answered.append(r)
-        if answered:
-            epoch = self.epoch_for_write()
-            if not epoch.n_sent:
-                self._send_flush(self.e.volumes[answered[0].volume])
-            for r in answered:
-                r.epoch = epoch
-            epoch.requests += answered
-            self.n_log += len(answered)
-        self.close_epoch()
-        for fence in fences.values():
-            self._send_flush(fence.volume, answers=fence.answers)
-
     def disk_gone(self, vol: Volume) -> None:
         """The local disk was detached: what waited for its activity log goes on without it."""
-        for epoch in self.epochs:
-            for r in epoch.requests:
-                if type(r) is Request and r.volume == vol.number:
-                    r.legs &= ~AL_REF
+        self.log.disk_gone(vol)
         for holder in (*vol.intervals.busy.values(), *vol.intervals.large):
             if isinstance(holder, Request):
                 holder.legs &= ~AL_REF
@@ -878,20 +540,6 @@ class Mirror:
 
     # ------------------------------------------------------------------------------ time
 
-    def tick(self, now: float) -> None:
-        if self.barrier_at is not None and now >= self.barrier_at:
-            self.close_epoch()
-            self.barrier_at = None
-
-    def oldest_unanswered(self) -> float | None:
-        """When the oldest request was sent that the peer still owes an answer for."""
-        if self.kept:
-            return None
-        for epoch in self.epochs:
-            if epoch.barrier_sent or any(r.waiting & PEER for r in epoch.requests):
-                return epoch.since
-        return None
-
     @property
     def congested(self) -> bool:
-        return self.n_app >= REQUESTS_MAX or self.n_log >= LOG_MAX
+        return self.n_app >= REQUESTS_MAX or self.log.full

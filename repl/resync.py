@@ -499,7 +499,7 @@ class Resync:
         ending = [
             v for v in self.e.volumes.values()
             if v.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S)
-            and not v.sync_ending and v.bitmap.weight <= self.e.mirror.n_bits_held(v)
+            and not v.sync_ending and v.bitmap.weight <= self.e.log.n_bits_held(v)
         ]  # fmt: skip
         if not ending:
             then()
@@ -518,9 +518,12 @@ class Resync:
 
     def peer_finished(self, vol: Volume) -> bool:
         """P_STATE says the target is done: end as source. False when our bits say otherwise."""
+        disk = vol.state.disk
         if vol.bitmap.weight > vol.rs_failed:
-            vol.target_done = True  # writes that our own disk still owes us clear the rest (`progressed`)
-            return False
+            vol.target_done = True
+            if self.e.log.n_bits_held(vol):  # writes that our own disk still owes us clear them (`progressed`)
+                return False
+            disk = DiskState.INCONSISTENT  # blocks that our disk failed and the target has (on-io-error pass_on)
         vol.target_done = False
         vol.source = None
         vol.sync_ending = False
@@ -530,8 +533,10 @@ class Resync:
         self._log_done(vol)
         pdsk = DiskState.INCONSISTENT if vol.rs_failed else DiskState.UP_TO_DATE
         self.e.change(
-            vol, replace(vol.state, conn=ConnState.CONNECTED, pdsk=pdsk), hard=True, why="resync finished"
+            vol, replace(vol.state, conn=ConnState.CONNECTED, disk=disk, pdsk=pdsk), hard=True, why="resync finished"
         )
+        if disk == DiskState.INCONSISTENT and vol.state.connected:
+            self.e.peer.send_state(vol)
         self.e.write_superblock(vol, None)
         if vol.meta is not None:
             vol.meta.write_changed()

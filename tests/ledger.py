@@ -120,4 +120,4 @@ def number_of(data: bytes, block: int) -> int | None:
     return int(number) if data == wanted else None
 
 
-__all__ = ["BLOCK", "DEPTH", "ConnectionLost", "Ledger", "Nbd", "Request", "number_of", "stamp"]
+__all__ = ["BLOCK", "DEPTH", "Cmd", "ConnectionLost", "Ledger", "Nbd", "Request", "number_of", "stamp"]

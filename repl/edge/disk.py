@@ -18,7 +18,7 @@ from typing import Final
 
 from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
 
-from .blockio import CANNOT, IOV_MAX, Device, room, unwritten
+from .blockio import CANNOT, IOV_MAX, Device, room
 from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
@@ -243,8 +243,18 @@ def _inline(device: Device, run: list[DiskOp], total: int, started: float) -> tu
     away. The kernel counts the two apart, but asking costs, so it is asked only after the first such call.
     """
     n_waits = _n_waits() if started < device.watched_until else -1
-    reading = run[0].op == READ
-    complete = (_read_inline if reading else _write_inline)(device, run, total)
+    op = run[0]
+    reading = op.op == READ
+    try:
+        if reading:
+            complete = _read_inline(device, run, total)
+        elif len(run) == 1:
+            assert op.payload is not None, f"{op!r} has no payload"
+            complete = os.pwrite(device.fd, op.payload, op.offset) == total
+        else:
+            complete = os.pwritev(device.fd, _payloads(run), op.offset) == total
+    except OSError:
+        complete = False  # a worker finds out which operation is to blame
     now = time.monotonic()
     if now - started > SLOW_S and not (reading and device.nowait):
         if n_waits < 0:
@@ -252,22 +262,6 @@ def _inline(device: Device, run: list[DiskOp], total: int, started: float) -> tu
         elif _n_waits() > n_waits:
             _keep_away(device, started, now)
     return complete, now
-
-
-def _write_inline(device: Device, run: list[DiskOp], total: int) -> bool:
-    """Write the run on the loop; False when that failed: a worker finds out which operation is to blame."""
-    op = run[0]
-    assert op.payload is not None, f"{op!r} has no payload"
-    try:
-        if len(run) == 1:
-            n = os.pwrite(device.fd, op.payload, op.offset)
-        else:
-            n = os.pwritev(device.fd, _payloads(run), op.offset)
-        if n < total:
-            device.write(unwritten(_payloads(run), n), op.offset + n)
-    except OSError:
-        return False
-    return True
 
 
 def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:

@@ -26,10 +26,18 @@ def two_nodes(lab: Lab) -> Pair:
     """A guest with kernel DRBD and a place for a Tandem daemon, two disks each."""
     config = lab.shared / "drbd.conf"
     config.touch()
-    kernel = KernelNode(lab.guest("kern", [lab.disk(f"kern{i}", SIZE) for i in range(2)]))
-    tandem = TandemNode("tandem", lab.work, [lab.disk(f"tandem{i}", SIZE) for i in range(2)], lab.work / "tandem.conf")
+    sizes = (SIZE, SIZE, 4 * SIZE)  # two volumes, and metadata of its own
+    kernel = KernelNode(lab.guest("kern", [lab.disk(f"kern{i}", size) for i, size in enumerate(sizes)]))
+    disks = [lab.disk(f"tandem{i}", size) for i, size in enumerate(sizes)]
+    tandem = TandemNode("tandem", lab.work, disks, lab.work / "tandem.conf")
     kernel.boot()
     return Pair(kernel, tandem, config)
+
+
+@pytest.fixture(scope="session")
+def third_node(lab: Lab, two_nodes: Pair) -> KernelNode:
+    """A guest that has the Tandem node's disks; never on while Tandem uses them."""
+    return KernelNode(lab.guest("kern2", two_nodes.tandem.disks))
 
 
 @pytest.fixture

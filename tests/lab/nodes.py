@@ -100,6 +100,13 @@ class KernelNode:
         self.guest = guest
         self.name = guest.name
 
+    @property
+    def address(self) -> str:
+        return self.guest.lan
+
+    def device_paths(self) -> list[str]:
+        return [f"/dev/ubd{chr(97 + n)}" for n in range(len(self.guest.disks))]
+
     def boot(self) -> None:
         self.guest.boot()
         self.guest.sh("ln -sf /shared/drbd.conf /etc/drbd.conf; modprobe drbd; modprobe -q crc32c md5 sha1")
@@ -153,6 +160,7 @@ class TandemNode:
     """A Tandem daemon of this machine, on the guests' network."""
 
     is_kernel = False
+    address = HOST_LAN
 
     def __init__(self, name: str, work: Path, disks: list[Path], config: Path) -> None:
         self.name = name
@@ -160,6 +168,9 @@ class TandemNode:
         self.config = config
         self.paths = NodePaths(work / "run", name)
         self.log_file = self.paths.log(RES)
+
+    def device_paths(self) -> list[str]:
+        return [str(path) for path in self.disks]
 
     def adm(self, *words: str, check: bool = True) -> Ran:
         argv = [
@@ -270,25 +281,27 @@ def _unit(offset: int, length: int) -> int:
     return unit
 
 
-def resource_text(kernel: KernelNode, tandem: TandemNode, volumes: int, options: str) -> str:
-    """A drbd.conf that both drbdadm and tandemadm read. *options* are sections of the resource."""
-    parts = []
-    for number in range(volumes):
-        parts.append(
-            f"  volume {number} {{ device /dev/drbd{number}; meta-disk internal; }}"
-        )
-    on_kernel = "".join(f" volume {n} {{ disk /dev/ubd{chr(97 + n)}; }}" for n in range(volumes))
-    on_tandem = "".join(f" volume {n} {{ disk {tandem.disks[n]}; }}" for n in range(volumes))
-    body = "\n".join(parts)
+def resource_text(one: KernelNode | TandemNode, two: KernelNode | TandemNode, volumes: int, options: str,
+                  meta: str = "internal") -> str:  # fmt: skip
+    """A drbd.conf that both drbdadm and tandemadm read. *options* are sections of the resource.
+
+    *meta* is internal, or ``[0]`` or nothing for a place on each node's third disk.
+    """
+    hosts = ""
+    for node in (one, two):
+        disks = node.device_paths()
+        parts = ""
+        for number in range(volumes):
+            place = "internal" if meta == "internal" else disks[2] + meta
+            parts += f" volume {number} {{ disk {disks[number]}; meta-disk {place}; }}"
+        hosts += f"  on {node.name} {{ address {node.address}:{PORT};{parts} }}\n"
+    devices = "".join(f"  volume {number} {{ device /dev/drbd{number}; }}\n" for number in range(volumes))
     return f"""global {{ usage-count no; }}
 common {{
   disk {{ c-plan-ahead 0; resync-rate 200M; c-min-rate 100M; }}
   net {{ ping-timeout 30; socket-check-timeout 3; connect-int 3; ping-int 5; }}
 }}
 resource {RES} {{
-{body}
-{options}
-  on {kernel.name} {{ address {kernel.guest.lan}:{PORT};{on_kernel} }}
-  on {tandem.name} {{ address {HOST_LAN}:{PORT};{on_tandem} }}
-}}
+{devices}{options}
+{hosts}}}
 """

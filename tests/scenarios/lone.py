@@ -232,7 +232,7 @@ class Lone:
 
     def out(self) -> list[Request]:
         """Our writes the peer has not answered, oldest first."""
-        return [r for r in self.engine.mirror.inflight.values() if isinstance(r, Request)]
+        return [r for r in self.engine.log.inflight.values() if isinstance(r, Request)]
 
     # ------------------------------------------------------------------ getting somewhere
 

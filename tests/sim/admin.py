@@ -204,6 +204,9 @@ class Healer:
         world = self.w
         world.troubled = False
         world.client_on = False
+        for node in world.nodes:  # TCP itself gives up on a stream that is never acknowledged
+            for pipe in node.link.inbound if node.link is not None else ():
+                pipe.silent = False
         world.mix = replace(world.mix, chunk=False, early=False, tick=0.05, reconnect=4.0)
         limit = HEAL_SECONDS_MAX + world.mix.size / (100 << 10)
         start = world.n_steps
@@ -330,6 +333,12 @@ class Healer:
             return
         for v in range(self.w.mix.n_volumes):
             states = [n.state(v) for n in nodes]
+            if all(s.conn is C.CONNECTED for s in states) and {s.disk for s in states} == {
+                D.INCONSISTENT,
+                D.UP_TO_DATE,
+            }:
+                nodes[0].command("disconnect")  # the handshake decides who syncs whom
+                return
             if all(s.conn is C.CONNECTED and s.disk is D.INCONSISTENT for s in states):
                 self._force(next((n for n in nodes if n.primary), nodes[0]))
                 return

@@ -18,7 +18,8 @@ from tandem.repl.bitmap_exchange import BitmapReceiver
 from tandem.repl.engine import Engine
 from tandem.repl.intervals import Intervals, Lock
 from tandem.repl.meta_writer import MetaWriter
-from tandem.repl.mirror import LOCAL, LOCAL_OK, PEER, Mirror
+from tandem.repl.mirror import Mirror
+from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
 from tandem.repl.replica import Replica
 from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
 from tandem.repl.volume import Volume
@@ -64,10 +65,11 @@ def _peer_not_flushed(mp: Patch) -> None:
 def _flush_only_here(mp: Patch) -> None:
     """A flush is not passed on to the peer."""
 
-    def send(self: Any, vol: Any) -> None:
-        vol.flush_legs &= ~PEER
+    def send(self: Any, vol: Any, *, answers: bool = False) -> None:
+        if answers:
+            vol.flush_legs &= ~PEER
 
-    mp.setattr(Mirror, "_send_flush", send)
+    mp.setattr(TransferLog, "send_flush", send)
 
 
 def _ack_before_disk(mp: Patch) -> None:
@@ -157,7 +159,7 @@ def _lost_barrier(mp: Patch) -> None:
 
 def _bits_not_set_on_loss(mp: Patch) -> None:
     """What the peer may have lost with the connection is not marked."""
-    original = Mirror.connection_lost
+    original = TransferLog.connection_lost
 
     def lost(self: Any) -> None:
         marks: list[Any] = []
@@ -165,7 +167,7 @@ def _bits_not_set_on_loss(mp: Patch) -> None:
             inner.setattr(Volume, "set_out_of_sync", lambda *a: marks.append(a) or 0)
             original(self)
 
-    mp.setattr(Mirror, "connection_lost", lost)
+    mp.setattr(TransferLog, "connection_lost", lost)
 
 
 def _no_new_generation(mp: Patch) -> None:

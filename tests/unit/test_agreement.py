@@ -157,7 +157,7 @@ def test_a_reply_nobody_waits_for_is_ignored() -> None:
 
 
 def test_a_reply_of_the_last_connection_agrees_to_nothing() -> None:
-    lone = Lone(disk={"fencing": 0}).ready()
+    lone = Lone().ready()
     lone.command("disconnect")
     old = lone.engine.link.ticket
     lone.handle(LinkLost(old, "gone"))

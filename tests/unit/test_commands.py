@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Attach, AttachFailed, Attached, DeviceGrown, LinkLost, Opened, ProbeSize, ReleaseDisk
 from tandem.repl.metadata import MdFlag
@@ -209,7 +210,7 @@ def test_the_peer_may_refuse() -> None:
 
 
 def test_a_primary_alone_needs_the_peer_fenced() -> None:
-    lone = Lone(disk={"fencing": 1})
+    lone = Lone(disk={"fencing": Fencing.RESOURCE_ONLY})
     lone.attach()
     lone.connect()
     lone.handle(LinkLost(lone.engine.link.ticket, "gone"))

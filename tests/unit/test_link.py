@@ -426,7 +426,7 @@ def situation(which: str) -> Lone:
 
 def survives(lone: Lone, data: bool, stream: bytes, rng: random.Random) -> None:
     """Feed *stream* in pieces: no exception, every packet framed, every disk operation in its place."""
-    if lone.engine.mirror.inflight == {} and lone.state.role == Role.PRIMARY:
+    if lone.engine.log.inflight == {} and lone.state.role == Role.PRIMARY:
         for i in range(4):
             lone.submit(Op.WRITE, 4096 + i * 8192)
             lone.settle()

@@ -74,7 +74,7 @@ def test_protocols_a_and_b_are_answered_earlier(protocol: str, kind: Packet | No
         assert lone.done == []
         lone.meta(lone.ack(r, kind))
     assert lone.done == [r]
-    assert lone.engine.mirror.n_log == 1, "it stays in the log until the barrier ack"
+    assert lone.engine.log.n_requests == 1, "it stays in the log until the barrier ack"
 
 
 def test_one_success_is_enough_and_the_range_is_out_of_sync() -> None:
@@ -145,7 +145,7 @@ def test_an_epoch_ends_when_one_of_its_writes_is_answered() -> None:
     assert barriers(lone) == [], "the sender is not idle yet"
     third = lone.submit(Op.WRITE, 16384)
     assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.DATA, P.BARRIER, P.DATA]
-    first_epoch, second_epoch = lone.engine.mirror.epochs
+    first_epoch, second_epoch = lone.engine.log.epochs
     assert (first_epoch.n_sent, second_epoch.n_sent) == (2, 1)
     assert first.epoch is second.epoch is first_epoch and third.epoch is second_epoch
 
@@ -168,7 +168,7 @@ def test_an_epoch_is_full_at_max_epoch_size() -> None:
         lone.submit(Op.WRITE, i * 8192)
     lone.settle()
     assert lone.sent(P.DATA, P.BARRIER) == [*[P.DATA] * 3, P.BARRIER, *[P.DATA] * 3, P.BARRIER, P.DATA]
-    assert [e.n_sent for e in lone.engine.mirror.epochs] == [3, 3, 1]
+    assert [e.n_sent for e in lone.engine.log.epochs] == [3, 3, 1]
 
 
 def test_a_barrier_ack_empties_the_log_and_frees_the_extents() -> None:
@@ -177,9 +177,9 @@ def test_a_barrier_ack_empties_the_log_and_frees_the_extents() -> None:
     lone.settle()
     lone.meta(lone.ack(r))
     lone.at(lone.now + 1)
-    assert lone.vol.al.refs == {0: 1} and lone.engine.mirror.n_log == 1
+    assert lone.vol.al.refs == {0: 1} and lone.engine.log.n_requests == 1
     lone.meta(pack_barrier_ack(0, 1))
-    assert lone.vol.al.refs == {0: 0} and lone.engine.mirror.n_log == 0 and not lone.engine.mirror.epochs
+    assert lone.vol.al.refs == {0: 0} and lone.engine.log.n_requests == 0 and not lone.engine.log.epochs
 
 
 @pytest.mark.parametrize(("barrier", "count"), [(1, 1), (0, 2), (0, 0)])
@@ -219,12 +219,12 @@ def test_losing_the_peer_marks_everything_unconfirmed_even_if_answered() -> None
     confirmed, answered, waiting = (lone.submit(Op.WRITE, i * 8192) for i in range(3))
     lone.settle()
     lone.meta(lone.ack(confirmed))
-    lone.engine.mirror.close_epoch()
+    lone.engine.log.close_epoch()
     lone.meta(lone.ack(answered))
     assert lone.done == [confirmed, answered]
     lose(lone)
     assert lone.done == [confirmed, answered, waiting] and waiting.error == 0
-    assert lone.vol.bitmap.weight == 3 and not lone.engine.mirror.inflight
+    assert lone.vol.bitmap.weight == 3 and not lone.engine.log.inflight
 
 
 def test_what_was_barrier_acked_is_not_marked() -> None:
@@ -317,7 +317,7 @@ def test_after_the_replay_a_barrier_ack_settles_the_whole_log() -> None:
     lone.packets.clear()
     lone.connect()
     lone.meta(lone.ack(waiting), pack_barrier_ack(barriers(lone)[-1], 1))
-    assert lone.engine.mirror.n_log == 0 and lone.vol.al.refs == {0: 0}
+    assert lone.engine.log.n_requests == 0 and lone.vol.al.refs == {0: 0}
 
 
 def test_a_log_of_acked_writes_alone_is_confirmed_by_a_flush() -> None:
@@ -327,13 +327,13 @@ def test_a_log_of_acked_writes_alone_is_confirmed_by_a_flush() -> None:
     sector, block_id, _, flags = unpack_data(lone.payloads(P.DATA)[0])
     assert flags == DP_FLUSH | DP_SEND_WRITE_ACK and lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.BARRIER]
     lone.meta(pack_ack(P.WRITE_ACK, 0, sector, block_id, 0, 1), pack_barrier_ack(barriers(lone)[-1], 1))
-    assert lone.engine.mirror.n_log == 0
+    assert lone.engine.log.n_requests == 0
 
 
 def test_the_age_of_a_kept_log_does_not_count_against_the_new_connection() -> None:
     lone, _ = frozen()
     lone.at(lone.now + 1000)
-    assert lone.engine.mirror.oldest_unanswered() is None
+    assert lone.engine.log.oldest_unanswered() is None
     lone.connect()
     assert lone.conn() == ConnState.CONNECTED
     lone.at(lone.now + 1)
@@ -399,7 +399,7 @@ def test_a_flush_of_our_own_does_not_answer_a_clients_flush() -> None:
     lone = Lone().ready()
     r = lone.submit(Op.WRITE)
     lone.settle()
-    lone.engine.mirror._ask_for_flush(lone.vol)
+    lone.engine.log.ask_for_flush(lone.vol)
     lone.take()
     own = flush_ack(lone)
     second = lone.submit(Op.WRITE, 8192)
@@ -474,7 +474,7 @@ def test_a_log_that_is_full_frees_extents_by_a_flush() -> None:
     assert last.waiting == 0 and not last.legs & mirror.AL_REF, "no slot is free"
     flushes = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
     assert len(flushes) == 1
-    sent = [(e.barrier, e.n_sent) for e in lone.engine.mirror.epochs if e.barrier_sent]
+    sent = [(e.barrier, e.n_sent) for e in lone.engine.log.epochs if e.barrier_sent]
     lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flushes[0][1], 0, 1), *(pack_barrier_ack(*s) for s in sent))
     lone.settle()
     lone.meta(lone.ack(last))
@@ -491,7 +491,7 @@ def test_the_flags_and_sequence_of_a_write() -> None:
     lone.settle()
     sector, block_id, number, flags = unpack_data(lone.payloads(P.DATA)[0])
     assert (sector, number, flags) == (8, seq + 1, DP_FUA | DP_SEND_WRITE_ACK)
-    assert block_id in lone.engine.mirror.inflight
+    assert block_id in lone.engine.log.inflight
 
 
 def test_overlapping_writes_go_one_after_the_other() -> None:

@@ -102,12 +102,12 @@ class Driven:
                     done.payload = bytes(done.length)
             engine.disk_done(ops)
         elif kind == "acks":
-            for block_id, r in list(engine.mirror.inflight.items()):
+            for block_id, r in list(engine.log.inflight.items()):
                 length = r.length if isinstance(r, Request) else 0
                 sector = r.offset >> 9 if isinstance(r, Request) else 0
                 engine.receive_meta(memoryview(pack_ack(P.WRITE_ACK, 0, sector, block_id, length, 1)))
-        elif kind == "barrier" and engine.mirror.epochs and engine.mirror.epochs[0].barrier_sent:
-            epoch = engine.mirror.epochs[0]
+        elif kind == "barrier" and engine.log.epochs and engine.log.epochs[0].barrier_sent:
+            epoch = engine.log.epochs[0]
             if all(not r.waiting & mirror.PEER for r in epoch.requests):
                 engine.receive_meta(memoryview(pack_barrier_ack(epoch.barrier, epoch.n_sent)))
         elif kind == "tick":

@@ -139,11 +139,23 @@ def test_a_diskless_primary_insists_on_the_generation_it_shows() -> None:
     lone = Lone(diskless=True)
     lone.connect()
     lone.primary()
+    lone.data(Uuids(0x500, GENERATIONS[0], 0, 0, 0, 0).pack(0))  # begun by the peer for our writes
     lone.engine.drop(C.NETWORK_FAILURE, "a test")
     lone.take()
     lone.connect(uuids=(0x777, 0, 0, 0))
     assert lone.conn() == C.STAND_ALONE
     assert any("not the one in use here" in note for note in lone.notes())
+
+
+def test_a_diskless_primary_meets_its_data_again() -> None:
+    lone = Lone(diskless=True)
+    lone.connect()
+    lone.primary()
+    lone.data(Uuids(0x500, GENERATIONS[0], 0, 0, 0, 0).pack(0))
+    lone.engine.drop(C.NETWORK_FAILURE, "a test")
+    lone.take()
+    lone.connect(uuids=(0x500, GENERATIONS[0], 0, 0))
+    assert lone.conn() == C.CONNECTED
 
 
 def test_tentative_shows_the_verdict_and_ends() -> None:

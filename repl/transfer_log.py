@@ -1,0 +1,338 @@
+"""The transfer log: what the peer was sent and has not yet confirmed as stable.
+
+Every mirrored write stays in its epoch, the writes between two P_BARRIER packets, until the peer has
+acknowledged the epoch's barrier. When the peer is lost before that, the range becomes out of sync, also when
+the application was answered long ago; when I/O is frozen meanwhile, the log is kept and sent again.
+
+Decides when an epoch ends, when a request leaves the log, and what a lost connection leaves behind.
+Source of the rules: drbd_req.c, drbd_main.c (tl_release, tl_clear, tl_restart); protocol 100+.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from .requests import Request
+from .units import SECTOR
+from .volume import Volume
+from .wire import DP_FLUSH, DP_SEND_WRITE_ACK, Packet, pack_barrier, pack_block_req, pack_data
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Bits of Request.waiting.
+LOCAL: Final = 1
+PEER: Final = 2
+# Bits of Request.legs.
+LOCAL_OK: Final = 1
+PEER_OK: Final = 2
+MIRRORED: Final = 4  # the peer was sent the data
+IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
+AL_REF: Final = 16  # holds references on its activity-log extents
+IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
+BOTH_OK: Final = LOCAL_OK | PEER_OK
+
+LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
+BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
+
+
+class Epoch:
+    """The mirrored writes between two P_BARRIER packets."""
+
+    __slots__ = ("barrier", "barrier_sent", "closed", "n_sent", "requests", "since")
+
+    def __init__(self, barrier: int, now: float) -> None:
+        self.barrier = barrier
+        self.requests: list[Request | PeerFlush] = []
+        self.n_sent = 0
+        self.closed = False
+        self.barrier_sent = False
+        self.since = now
+
+
+class PeerFlush:
+    """An empty P_DATA with the flush flag: the peer answers when everything before it is stable there."""
+
+    __slots__ = ("answers", "block_id", "volume", "waiting")
+
+    def __init__(self, volume: Volume, block_id: int, answers: bool) -> None:
+        self.volume = volume
+        self.block_id = block_id
+        self.answers = answers  # the flushes of `Volume.flush_batch` wait for this one
+        self.waiting = PEER
+
+
+class TransferLog:
+    """The log of one resource; epochs span all its volumes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+        self.inflight: dict[int, Request | PeerFlush] = {}
+        self.fences: dict[int, PeerFlush] = {}  # flushes that a read behind a barrier stands for
+        self.epochs: deque[Epoch] = deque()
+        self.n_requests = 0
+        self.barrier_nr = 0
+        self.barrier_at: float | None = None
+        self.next_id = 1
+        self.asked_for_flush = False
+        self.kept = False  # the log is from a connection that is gone, and waits for the next one
+        self._waiters: list[Callable[[None], None]] = []
+
+    def epoch_for_write(self) -> Epoch:
+        """The open epoch; ends the previous one with its P_BARRIER when it was closed."""
+        if self.epochs:
+            epoch = self.epochs[-1]
+            if not epoch.closed and epoch.n_sent < self.e.config.net.max_epoch_size:
+                return epoch
+            epoch.closed = True
+            self.send_barrier(epoch)
+        epoch = Epoch(self.barrier_nr, self.e.now)
+        self.barrier_nr = (self.barrier_nr + 1) & 0xFFFFFFFF
+        self.epochs.append(epoch)
+        return epoch
+
+    def send_barrier(self, epoch: Epoch) -> None:
+        if not epoch.barrier_sent and epoch.n_sent:
+            epoch.barrier_sent = True
+            self.e.out.data.append(pack_barrier(epoch.barrier))
+        self.barrier_at = None
+
+    def close_epoch(self) -> None:
+        """End the open epoch now, if it has writes (a flush, a state change, an idle sender)."""
+        if self.epochs and self.epochs[-1].n_sent:
+            self.epochs[-1].closed = True
+            self.send_barrier(self.epochs[-1])
+
+    def when_empty(self, then: Callable[[None], None]) -> None:
+        """Call *then* once the peer has confirmed every write as stable, or is lost."""
+        if any(epoch.n_sent for epoch in self.epochs):
+            self.close_epoch()
+            self._waiters.append(then)
+        else:
+            then(None)
+
+    def _shrank(self) -> None:
+        if self._waiters and not any(epoch.n_sent for epoch in self.epochs):
+            waiters, self._waiters = self._waiters, []
+            for then in waiters:
+                then(None)
+
+    def barrier_acked(self, barrier: int, set_size: int) -> str:
+        """P_BARRIER_ACK; returns a sentence when it does not fit, else an empty string."""
+        if not self.epochs or not self.epochs[0].barrier_sent:
+            return f"barrier ack {barrier} without an open barrier"
+        epoch = self.epochs[0]
+        if epoch.barrier != barrier or epoch.n_sent != set_size:
+            return (
+                f"barrier ack {barrier} for {set_size} writes, expected {epoch.barrier} for {epoch.n_sent}"
+            )
+        self.epochs.popleft()
+        self.n_requests -= len(epoch.requests)
+        self.asked_for_flush = False
+        volumes, inflight = self.e.volumes, self.inflight
+        for r in epoch.requests:
+            if type(r) is Request:
+                r.legs &= ~IN_LOG
+                if not r.waiting & LOCAL:
+                    self.drop_extents(volumes[r.volume], r)
+                if inflight:
+                    inflight.pop(r.block_id, None)  # protocols A and B have no write ack
+        for vol in volumes.values():
+            if vol.al.n_wanted:
+                self.e.mirror.kick_activity_log(vol)
+        self._shrank()
+        return ""
+
+    def drop_extents(self, vol: Volume, r: Request) -> None:
+        if r.legs & AL_REF:
+            r.legs &= ~AL_REF
+            first, last = r.offset >> 22, (r.offset + r.length - 1) >> 22
+            n_refs = vol.al.refs[first]
+            if first == last and n_refs > 1:
+                vol.al.refs[first] = n_refs - 1
+            else:
+                for extent in range(first, last + 1):
+                    vol.al.put(extent)
+
+    def ask_for_flush(self, vol: Volume) -> None:
+        """The transfer log holds up the activity log: have the peer flush, so that it can shrink."""
+        if not self.asked_for_flush and self.n_requests and vol.mirror:
+            self.asked_for_flush = True
+            self.send_flush(vol)
+            self.close_epoch()
+
+    def send_flush(self, vol: Volume, *, answers: bool = False) -> None:
+        if self.e.integrity and not self.e.link.peer_sends_flushes:
+            self._send_fence(vol, answers)
+            return
+        epoch = self.epoch_for_write()
+        flush = PeerFlush(vol, self.next_id, answers)
+        self.next_id += 1
+        vol.seq += 1
+        self.inflight[flush.block_id] = flush
+        epoch.requests.append(flush)
+        epoch.n_sent += 1
+        self.n_requests += 1
+        self.e.out.data.append(
+            pack_data(Packet.DATA, vol.number, 0, flush.block_id, vol.seq & 0xFFFFFFFF,
+                      DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())  # fmt: skip
+        )
+
+    def _send_fence(self, vol: Volume, answers: bool) -> None:
+        """Have a kernel with data-integrity-alg flush; no empty P_DATA then.
+
+        DRBD 8.4.11 computes the digest of an empty P_DATA over a page that is not there and takes its
+        host down (drbd_csum_ee). But it flushes its disks at each barrier before it looks at what
+        follows (receive_Barrier), so the answer to a read behind the barrier says that it has.
+        """
+        self.close_epoch()
+        if answers:
+            fence = PeerFlush(vol, self.next_id, answers)
+            self.next_id += 1
+            self.fences[fence.block_id] = fence
+            self.e.out.data.append(
+                pack_block_req(Packet.DATA_REQUEST, vol.number, 0, fence.block_id, SECTOR)
+            )
+
+    def fence_passed(self, block_id: int) -> bool:
+        """The peer answered a read; False unless it stands for a flush. A refusal passed the barrier too."""
+        fence = self.fences.pop(block_id, None)
+        if fence is None:
+            return False
+        self.e.flushes.acked(fence)
+        return True
+
+    def connection_lost(self) -> None:
+        """Forget the peer: whatever it had not confirmed as stable becomes out of sync."""
+        epochs, self.epochs = self.epochs, deque()
+        self.inflight = {}
+        self.n_requests = 0
+        self.barrier_at = None
+        self.asked_for_flush = False
+        self.kept = False
+        finished: list[Request] = []
+        flushes: list[PeerFlush] = list(self.fences.values())
+        self.fences = {}
+        volumes = self.e.volumes
+        for epoch in epochs:
+            for r in epoch.requests:
+                if type(r) is not Request:
+                    assert isinstance(r, PeerFlush)
+                    flushes.append(r)
+                    continue
+                vol = volumes[r.volume]
+                vol.set_out_of_sync(r.offset, r.length)
+                r.legs &= ~(IN_LOG | PEER_OK)
+                if r.waiting & PEER:
+                    r.waiting &= ~PEER
+                    vol.n_pending -= 1
+                    if not r.waiting:
+                        finished.append(r)
+                elif not r.waiting:
+                    self.drop_extents(vol, r)
+        self.e.mirror.finish(finished)
+        for flush in flushes:
+            if flush.waiting:
+                self.e.flushes.leg_done(flush.volume, PEER)
+        for vol in volumes.values():
+            if vol.al.n_wanted:
+                self.e.mirror.kick_activity_log(vol)
+        self._shrank()
+
+    def n_bits_held(self, vol: Volume) -> int:
+        """How many bits may still be set only because our own disk is slower than the sync target's."""
+        return sum(
+            ((r.offset + r.length + 4095) >> 12) - (r.offset >> 12)
+            for epoch in self.epochs
+            for r in epoch.requests
+            if type(r) is Request and r.volume == vol.number and r.legs & IN_SYNC and r.waiting & LOCAL
+        )
+
+    def mark_out_of_sync(self, vol: Volume) -> None:
+        """The peer lost its disk: nothing it holds unflushed counts any more."""
+        for epoch in self.epochs:
+            for r in epoch.requests:
+                if type(r) is Request and r.volume == vol.number:
+                    vol.set_out_of_sync(r.offset, r.length)
+
+    def keep(self) -> None:
+        """The connection is gone while I/O is frozen: the log stays for `replay` or `connection_lost`."""
+        self.kept = bool(self.epochs)
+        self.barrier_at = None
+        if self.epochs:  # no barrier of this connection may go out on the next one
+            self.epochs[-1].closed = self.epochs[-1].barrier_sent = True
+
+    def replay(self) -> None:
+        """The peer is back and never lost its memory: send again what it did not answer.
+
+        What it did answer counts as written, but not yet as stable: it stays in the log until the next
+        barrier ack, so that it is not forgotten should the peer lose its memory after all.
+        """
+        self.kept = False
+        epochs, self.epochs = self.epochs, deque()
+        self.inflight = {}
+        self.n_requests = 0
+        answered: list[Request] = []
+        fences, self.fences = self.fences, {}
+        for epoch in epochs:
+            for r in epoch.requests:
+                if isinstance(r, PeerFlush):
+                    if r.waiting:
+                        self.send_flush(r.volume, answers=r.answers)
+                    continue
+                vol = self.e.volumes[r.volume]
+                if r.waiting & PEER:
+                    r.waiting &= ~PEER
+                    vol.n_pending -= 1
+                    self.e.mirror.send(vol, r)
+                else:
+                    answered.append(r)
+        if answered:
+            epoch = self.epoch_for_write()
+            if not epoch.n_sent:
+                self.send_flush(self.e.volumes[answered[0].volume])
+            for r in answered:
+                r.epoch = epoch
+            epoch.requests += answered
+            self.n_requests += len(answered)
+        self.close_epoch()
+        for fence in fences.values():
+            self.send_flush(fence.volume, answers=fence.answers)
+
+    def tick(self, now: float) -> None:
+        if self.barrier_at is not None and now >= self.barrier_at:
+            self.close_epoch()
+            self.barrier_at = None
+
+    def oldest_unanswered(self) -> float | None:
+        """When the oldest request was sent that the peer still owes an answer for."""
+        if self.kept:
+            return None
+        for epoch in self.epochs:
+            if epoch.barrier_sent or any(r.waiting & PEER for r in epoch.requests):
+                return epoch.since
+        return None
+
+    def answered(self, requests: list[Request]) -> None:
+        """These are being answered: the epoch they belong to ends, so that what follows comes after it."""
+        if self.epochs:
+            epoch = self.epochs[-1]
+            if not epoch.closed and epoch.n_sent:
+                for r in requests:
+                    if r.epoch is epoch:
+                        epoch.closed = True
+                        self.barrier_at = self.e.now + BARRIER_DELAY_S
+                        break
+
+    def disk_gone(self, vol: Volume) -> None:
+        """The local disk was detached, and its activity log with it."""
+        for epoch in self.epochs:
+            for r in epoch.requests:
+                if type(r) is Request and r.volume == vol.number:
+                    r.legs &= ~AL_REF
+
+    @property
+    def full(self) -> bool:
+        return self.n_requests >= LOG_MAX

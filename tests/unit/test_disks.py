@@ -1,0 +1,270 @@
+"""A local disk from attach to detach: what metadata speaks for, what may not start too early, errors."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import pytest
+from tandem.repl.attach import LoadedDisk
+from tandem.repl.config import Fencing
+from tandem.repl.errors import Refusal
+from tandem.repl.events import Attach, Attached, ReleaseDisk, RunHandler
+from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
+from tandem.repl.requests import META, DiskOp, Op
+from tandem.repl.states import ConnState, DiskState, Role
+from tandem.repl.wire import Packet, pack_data
+
+from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
+
+P, D, C = Packet, DiskState, ConnState
+OUTDATED = MdFlag.CONSISTENT | MdFlag.AL_CLEAN
+INCONSISTENT = MdFlag.AL_CLEAN
+
+
+def found(lone: Lone, **how: object) -> tuple[int, LoadedDisk]:
+    """Begin to attach and hand over what the disk holds, without letting it answer anything."""
+    ticket = lone.command("attach")
+    disk = lone.loaded(**how)  # type: ignore[arg-type]
+    lone.handle(Attached(lone.of(Attach)[-1].ticket, 0, disk))
+    return ticket, disk
+
+
+def superblocks(ops: list[DiskOp], lone: Lone) -> list[Superblock]:
+    return [
+        Superblock.unpack(bytes(op.payload))
+        for op in ops
+        if op.area == META and op.offset == lone.layout.superblock and op.payload is not None
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- attach
+
+
+@pytest.mark.parametrize(("flags", "fencing", "disk", "pdsk"), [
+    (IN_SYNC, Fencing.DONT_CARE, D.UP_TO_DATE, D.D_UNKNOWN),
+    (IN_SYNC, Fencing.RESOURCE_ONLY, D.CONSISTENT, D.D_UNKNOWN),
+    (IN_SYNC | MdFlag.PEER_OUT_DATED, Fencing.RESOURCE_ONLY, D.UP_TO_DATE, D.OUTDATED),
+    (OUTDATED, Fencing.DONT_CARE, D.OUTDATED, D.D_UNKNOWN),
+    (OUTDATED, Fencing.RESOURCE_ONLY, D.OUTDATED, D.D_UNKNOWN),
+    (INCONSISTENT, Fencing.DONT_CARE, D.INCONSISTENT, D.D_UNKNOWN),
+])  # fmt: skip
+def test_what_the_metadata_speaks_for(
+    flags: MdFlag, fencing: Fencing, disk: DiskState, pdsk: DiskState
+) -> None:
+    lone = Lone(disk={"fencing": fencing})
+    lone.attach(flags=flags)
+    assert (lone.state.disk, lone.state.pdsk) == (disk, pdsk)
+
+
+@pytest.mark.parametrize("flags", [IN_SYNC | MdFlag.PRIMARY_IND, IN_SYNC | MdFlag.CRASHED_PRIMARY])
+def test_a_crashed_primary_is_recognised(flags: MdFlag) -> None:
+    lone = Lone()
+    lone.attach(flags=flags)
+    assert lone.vol.crashed_primary and lone.vol.flags() & MdFlag.CRASHED_PRIMARY
+
+
+def test_the_disk_is_marked_in_use_before_anything_is_answered() -> None:
+    lone = Lone()
+    ticket, _ = found(lone)
+    assert lone.answered(ticket) is None and lone.vol.io_holds == 1
+    (block,) = superblocks(lone.disk, lone)
+    assert block.magic == MAGIC_UNCLEAN and not block.flags & MdFlag.AL_CLEAN
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.vol.io_holds == 0
+
+
+def test_applications_wait_until_the_disk_is_marked_in_use() -> None:
+    lone = Lone()
+    lone.connect()
+    lone.primary()
+    lone.forget()
+    found(lone)
+    r = lone.submit(Op.WRITE)
+    assert r not in lone.disk and r.waiting == 0
+
+
+def test_metadata_that_can_not_be_written_is_refused() -> None:
+    lone = Lone()
+    ticket, _ = found(lone)
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    answer = lone.answered(ticket)
+    assert isinstance(answer, Refusal) and answer.code == 118
+    assert lone.state.disk == D.DISKLESS and lone.of(ReleaseDisk)
+
+
+def test_a_fresh_disk_is_all_out_of_sync_and_gets_its_log() -> None:
+    lone = Lone()
+    found(lone, fresh=True)
+    written = []
+    while lone.disk:
+        written += lone.disk
+        lone.answer()
+    logs = {op.offset for op in written if lone.layout.al <= op.offset < lone.layout.al + 32768}
+    assert len(logs) == lone.layout.al_blocks
+    assert lone.state.disk == D.INCONSISTENT and lone.vol.bitmap.weight == lone.vol.n_bits > 0
+    assert lone.vol.uuids.current == 4 and superblocks(written, lone)[-1].la_size_sect == lone.vol.size // 512
+
+
+def test_a_full_sync_flag_means_every_bit() -> None:
+    lone = Lone()
+    lone.attach(flags=INCONSISTENT | MdFlag.FULL_SYNC)
+    assert lone.vol.bitmap.weight == lone.vol.n_bits
+
+
+def test_a_crash_without_activity_log_means_every_bit() -> None:
+    lone = Lone()
+    lone.attach(flags=IN_SYNC | MdFlag.PRIMARY_IND | MdFlag.AL_DISABLED)
+    assert lone.vol.bitmap.weight == lone.vol.n_bits
+
+
+def test_what_the_activity_log_marked_is_told() -> None:
+    lone = Lone()
+    ticket = lone.command("attach")
+    disk = replace(lone.loaded(), marked=1024, corrupt=2)
+    lone.handle(Attached(lone.of(Attach)[-1].ticket, 0, disk))
+    assert any("Marked additional 4096 KB" in n for n in lone.notes())
+    assert any("2 corrupt AL transactions" in n for n in lone.notes())
+    lone.settle()
+    assert lone.answered(ticket) == "done"
+
+
+def test_a_primary_takes_back_only_the_generation_it_showed() -> None:
+    """Alone, after losing its disk: other data would change under the applications."""
+    lone = Lone(options={"on_no_data_accessible": "suspend-io"}).ready()
+    lone.engine.drop(C.NETWORK_FAILURE, "a test")
+    lone.settle()
+    shown = lone.vol.uuids
+    lone.run("detach", force=True)
+    assert lone.state.role == Role.PRIMARY and lone.state.disk == D.DISKLESS
+    ticket, _ = found(lone, generations=(0x777, 0, 0, 0))
+    lone.settle()
+    answer = lone.answered(ticket)
+    assert isinstance(answer, Refusal) and answer.code == 150 and lone.state.disk == D.DISKLESS
+    quad = (shown.current, shown.bitmap, shown.history0, shown.history1)
+    ticket, _ = found(lone, generations=quad, flags=IN_SYNC | MdFlag.PRIMARY_IND)
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.state.disk == D.UP_TO_DATE
+
+
+def test_attaching_while_connected_waits_for_the_decision() -> None:
+    lone = Lone()
+    lone.connect()
+    lone.forget()
+    found(lone)
+    assert lone.state.disk == D.NEGOTIATING and lone.sent() == [P.SIZES, P.UUIDS, P.STATE]
+    lone.data(lone.parameters(replace(PEER_SECONDARY, conn=C.CONNECTED)))
+    lone.settle()
+    assert lone.state.disk == D.UP_TO_DATE
+
+
+def test_a_disk_that_is_negotiating_when_the_link_breaks_is_what_was_found() -> None:
+    lone = Lone()
+    lone.connect()
+    found(lone)
+    lone.engine.drop(C.NETWORK_FAILURE, "a test")
+    lone.settle()
+    assert lone.state.disk == D.UP_TO_DATE and lone.conn() == C.WF_CONNECTION
+
+
+def test_a_disk_that_comes_in_the_middle_of_a_handshake_waits_for_its_end() -> None:
+    lone = Lone()
+    lone.command("connect")
+    ticket = lone.command("attach")
+    attach = lone.of(Attach)[-1]
+    lone.link()
+    lone.data(lone.features())
+    lone.handle(Attached(attach.ticket, 0, lone.loaded()))
+    assert lone.state.disk == D.ATTACHING and lone.disk == []
+    lone.data(lone.protocol() + lone.parameters())
+    lone.settle()
+    assert lone.answered(ticket) is None or lone.answered(ticket) == "done"
+    assert lone.state.disk >= D.NEGOTIATING
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("policy", ["detach", "call-local-io-error"])
+def test_an_error_costs_the_disk_and_the_peer_is_told(policy: str) -> None:
+    lone = Lone(disk={"on_io_error": policy}, handlers=("local-io-error",)).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    r = lone.submit(Op.WRITE, 8192)
+    lone.answer(r, error=errno.EIO)
+    lone.settle()
+    assert lone.state.disk == D.DISKLESS and lone.of(ReleaseDisk)
+    words = [int.from_bytes(p, "big") >> 9 & 15 for p in lone.payloads(P.STATE)]
+    assert words == [D.FAILED, D.DISKLESS]
+    assert bool([h for h in lone.of(RunHandler) if h.name == "local-io-error"]) == (policy != "detach")
+
+
+def test_pass_on_keeps_the_disk_but_not_its_word() -> None:
+    lone = Lone(disk={"on_io_error": "pass_on"}).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    r = lone.submit(Op.WRITE, 8192)
+    lone.answer(r, error=errno.EIO)
+    lone.settle()
+    assert lone.state.disk == D.INCONSISTENT and lone.sent(P.STATE) == [P.STATE]
+    lone.meta(lone.ack(r))
+    assert r.error == 0 and lone.vol.bitmap.weight == 1
+
+
+def test_a_read_error_under_pass_on_changes_no_state() -> None:
+    lone = Lone(disk={"on_io_error": "pass_on"}).ready()
+    r = lone.submit(Op.READ)
+    lone.answer(r, error=errno.EIO)
+    assert lone.state.disk == D.UP_TO_DATE and lone.sent(P.DATA_REQUEST) == [P.DATA_REQUEST]
+
+
+def test_a_metadata_error_always_detaches() -> None:
+    lone = Lone(disk={"on_io_error": "pass_on"}).ready()
+    lone.submit(Op.WRITE)
+    assert [op.area for op in lone.disk] == [META]
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    assert lone.state.disk == D.DISKLESS
+    assert lone.sent(P.DATA) == [P.DATA], "the write goes on without the disk"
+
+
+def test_the_disk_is_released_once_and_after_its_last_operation() -> None:
+    lone = Lone().ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    first, second = lone.submit(Op.WRITE, 8192), lone.submit(Op.WRITE, 16384)
+    lone.answer(first, error=errno.EIO)
+    assert lone.of(ReleaseDisk) == [] and lone.state.disk == D.FAILED
+    lone.answer(second)
+    lone.settle()
+    assert [e.volume for e in lone.of(ReleaseDisk)] == [0] and lone.vol.n_local == 0
+
+
+def test_a_failed_disk_takes_no_further_write() -> None:
+    lone = Lone().ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    first, second = lone.submit(Op.WRITE, 8192), lone.submit(Op.WRITE, 16384)
+    lone.answer(first, error=errno.EIO)
+    third = lone.submit(Op.WRITE, 24576)
+    assert third not in lone.disk and second in lone.disk
+    assert len(lone.sent(P.DATA)) == 4, "but it is mirrored"
+
+
+def test_a_secondary_that_lost_its_disk_refuses_and_can_attach_again() -> None:
+    lone = Lone().as_secondary()
+    lone.data(pack_data(P.DATA, 0, 8, 1, 1, 0x100, 4096) + bytes(4096))
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    assert lone.state.disk == D.DISKLESS
+    found(lone)
+    assert lone.state.disk == D.NEGOTIATING
+
+
+def test_a_clean_detach_of_a_secondary_writes_the_bitmap_first() -> None:
+    lone = Lone()
+    lone.attach()
+    lone.vol.bitmap.set(0, 9)
+    assert lone.run("detach") == "done"
+    assert lone.state.disk == D.DISKLESS and lone.vol.bm_writes == 1
