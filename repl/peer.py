@@ -137,13 +137,13 @@ class Peer:
         vol.peer_uuid_flags = theirs.flags
         s = vol.state
         first = s.conn < ConnState.CONNECTED or s.pdsk == DiskState.DISKLESS
-        if s.role == Role.PRIMARY and s.disk < DiskState.INCONSISTENT and first and vol.exposed:
-            if vol.exposed != theirs.current & ~1:
-                self.e.stand_alone(
-                    f"the peer's data generation {theirs.current:016X} is not the one in use here "
-                    f"({vol.exposed:016X})"
-                )
-                return
+        needs_peer = s.role == Role.PRIMARY and s.disk < DiskState.INCONSISTENT and first
+        if needs_peer and vol.exposed not in (0, theirs.current & ~1):
+            self.e.stand_alone(
+                f"the peer's data generation {theirs.current:016X} is not the one in use here "
+                f"({vol.exposed:016X})"
+            )
+            return
         if s.connected:
             if vol.attached and vol.uuids.current == JUST_CREATED and theirs.flags & SKIP_INITIAL_SYNC:
                 self._skip_initial_sync(vol, theirs.current)
@@ -336,10 +336,12 @@ class Peer:
             return
         if connecting:
             e.link_established()
-        elif conn > ConnState.CONNECTED and ps.conn <= ConnState.CONNECTED and ps.disk != DiskState.NEGOTIATING:
-            if old.conn == ConnState.CONNECTED:
-                self.send_uuids(vol)
-                self.send_state(vol)
+        elif (
+            old.conn == ConnState.CONNECTED < conn and ps.conn <= ConnState.CONNECTED
+            and ps.disk != DiskState.NEGOTIATING
+        ):  # fmt: skip
+            self.send_uuids(vol)
+            self.send_state(vol)
         vol.discard_my_data = False
 
     # ------------------------------------------------------------------------------ reads for the peer

@@ -133,7 +133,7 @@ class Replica:
                 break
             disk.append(
                 PeerWrite(_WRITE, number, sector, length, view[begin:end],
-                          FUA if dp & DP_FUA else 0, block_id, dp, epoch)  # fmt: skip
+                          FUA if dp & DP_FUA else 0, block_id, dp, epoch)
             )
             received += length
             count += 1

@@ -60,8 +60,8 @@ class DiskOp:
         self.error = 0
 
     def __repr__(self) -> str:
-        area = "META" if self.area else "DATA"
-        return f"<{type(self).__name__} {Op(self.op).name} {area} vol {self.volume} {self.offset}+{self.length} err {self.error}>"
+        what = f"{Op(self.op).name} {'META' if self.area else 'DATA'} vol {self.volume}"
+        return f"<{type(self).__name__} {what} {self.offset}+{self.length} err {self.error}>"
 
 
 class Owner(Protocol):

@@ -47,7 +47,10 @@ BITS_PER_REQUEST: Final = IO_MAX >> BLOCK_SHIFT
 class TargetRun:
     """A volume's resync as target."""
 
-    __slots__ = ("asking", "bytes_out", "cursor", "ending", "failed", "next_persist", "out", "ready", "receiver", "tokens", "tokens_at")  # fmt: skip
+    __slots__ = (
+        "asking", "bytes_out", "cursor", "ending", "failed", "next_persist", "out", "ready", "receiver",
+        "tokens", "tokens_at",
+    )  # fmt: skip
 
     def __init__(self, now: float) -> None:
         self.receiver: BitmapReceiver | None = None
@@ -523,7 +526,9 @@ class Resync:
             vol.target_done = True
             if self.e.log.n_bits_held(vol):  # writes that our own disk still owes us clear them (`progressed`)
                 return False
-            disk = DiskState.INCONSISTENT  # blocks that our disk failed and the target has (on-io-error pass_on)
+            if vol.config.disk_options.on_io_error != "pass_on":
+                return False  # acks are still missing: the peer speaks too early
+            disk = DiskState.INCONSISTENT  # blocks that our disk failed and the target has
         vol.target_done = False
         vol.source = None
         vol.sync_ending = False
@@ -549,7 +554,8 @@ class Resync:
     def _log_done(self, vol: Volume) -> None:
         took = max(self.e.now - vol.rs_started - vol.rs_paused_s, 1e-3)
         kib = vol.rs_total * 4
-        self.e.note(vol, f"Resync done (total {took:.0f} sec; paused {vol.rs_paused_s:.0f} sec; {kib / took:,.0f} K/sec)")
+        speed = f"total {took:.0f} sec; paused {vol.rs_paused_s:.0f} sec; {kib / took:,.0f} K/sec"
+        self.e.note(vol, f"Resync done ({speed})")
         self.e.note(vol, f"updated UUIDs {vol.uuids}")
 
     # ------------------------------------------------------------------------------ pause, end, time

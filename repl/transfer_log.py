@@ -177,7 +177,7 @@ class TransferLog:
         self.n_requests += 1
         self.e.out.data.append(
             pack_data(Packet.DATA, vol.number, 0, flush.block_id, vol.seq & 0xFFFFFFFF,
-                      DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())  # fmt: skip
+                      DP_FLUSH | DP_SEND_WRITE_ACK, 0, self.e.empty_digest())
         )
 
     def _send_fence(self, vol: Volume, answers: bool) -> None:

@@ -128,11 +128,7 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
             options.append((w, command, (node, "pause-sync", v)))
         if world.mix.verify:
             options.append((w / 3, command, (node, "verify", v)))
-    elif (
-        not node.primary
-        and sv.disk in (D.CONSISTENT, D.UP_TO_DATE)
-        and not world.ledgers[v].copies[peer.index].lacks
-    ):
+    elif not node.primary and sv.disk in (D.CONSISTENT, D.UP_TO_DATE) and not world.ledgers[v].copies[peer.index].lacks:
         options.append((w / 8, command, (node, "outdate", v)))
     if node.primary:
         options.append((w / 5, command, (node, "suspend-io", v)))
@@ -337,7 +333,8 @@ class Healer:
                 D.INCONSISTENT,
                 D.UP_TO_DATE,
             }:
-                nodes[0].command("disconnect")  # the handshake decides who syncs whom
+                broken = next(n for n in nodes if n.state(v).disk is D.INCONSISTENT)
+                broken.command("detach", v)  # attached again, it becomes the target
                 return
             if all(s.conn is C.CONNECTED and s.disk is D.INCONSISTENT for s in states):
                 self._force(next((n for n in nodes if n.primary), nodes[0]))

@@ -231,9 +231,7 @@ class Checks:
         record = self.record(node, volume)
         found = view_of(loaded.superblock.pack()).identity
         if found not in (record.super_durable, *record.super_flying):
-            self.fail(
-                "9 metadata", f"{node.config.node} read back {found}, durable was {record.super_durable}"
-            )
+            self.fail("9 metadata", f"{node.config.node} read back {found}, durable was {record.super_durable}")
         record.super_durable = found
         record.super_flying.clear()
         record.ring.reset()
@@ -297,7 +295,7 @@ class Checks:
             content = data[i * SECTOR : (i + 1) * SECTOR]
             if ledger.fits(first + i, content, before | after):
                 continue
-            if ledger.version_at(first + i, content).begin <= ask.begin:  # else it came and went meanwhile
+            if not ledger.came_since(first + i, content, ask.begin):  # else it came and went meanwhile
                 self.fail(
                     "durability",
                     f"{node.config.node} read {ledger.version_at(first + i, content)!r} in {first + i},"
@@ -359,9 +357,7 @@ class Checks:
             other = super_at(peer.disks[volume].devices[META].durable, where)
             same = own.current & ~1 == other.current & ~1
             if other.flags & WAS_UP_TO_DATE and (same or not own.bitmap):
-                self.fail(
-                    "7 generations", f"{write!r} was answered alone without a new current UUID on disk: {own}"
-                )
+                self.fail("7 generations", f"{write!r} was answered alone without a new current UUID on disk: {own}")
         if (
             self.w.mix.fencing is Fencing.RESOURCE_AND_STONITH and vol.state.pdsk > D.OUTDATED
             and not node.fenced and not node.resumed
@@ -436,9 +432,7 @@ class Checks:
         read = self.reader(node, volume)
         misfits = ledger.misfits(node.index, read)
         if misfits:
-            self.fail(
-                "durability", f"{node.config.node} was promoted, sector {misfits[0][0]} {misfits[0][1]}"
-            )
+            self.fail("durability", f"{node.config.node} was promoted, sector {misfits[0][0]} {misfits[0][1]}")
         lacks = ledger.still_lacks(node.index, read)
         if lacks and (state.connected and state.pdsk is D.UP_TO_DATE):
             self.fail(
@@ -486,9 +480,7 @@ class Checks:
             vol = node.engine.volumes[volume]
             if vol.state.disk >= D.NEGOTIATING:
                 bitmap, refs = vol.bitmap, vol.al.refs
-                return lambda page: (
-                    (page < bitmap.n_bits and bitmap.any(page, page + 1)) or refs.get(page >> 10, 0) > 0
-                )
+                return lambda page: (page < bitmap.n_bits and bitmap.any(page, page + 1)) or refs.get(page >> 10, 0) > 0
         if record.view is None:
             record.view = DiskView(node.disks[volume], node.layouts[volume])
         return record.view.covers
@@ -510,8 +502,7 @@ class Checks:
         for v in range(self.w.mix.n_volumes):
             for page in self.differ[v]:
                 if not any(
-                    n.engine is not None and n.engine.volumes[v].bitmap.any(page, page + 1)
-                    for n in self.w.nodes
+                    n.engine is not None and n.engine.volumes[v].bitmap.any(page, page + 1) for n in self.w.nodes
                 ):
                     self.fail("agreement", f"block {page} of volume {v} differs, both nodes say they agree")
 

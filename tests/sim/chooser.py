@@ -81,9 +81,7 @@ def explore(run: Callable[[ScriptedChooser], None], departures_max: int, runs_ma
         run(chooser)
         n_runs += 1
         if len(chooser.taken) < len(script):
-            raise ReplayMismatch(
-                f"the run ended after {len(chooser.taken)} choices, the script has {len(script)}"
-            )
+            raise ReplayMismatch(f"the run ended after {len(chooser.taken)} choices, the script has {len(script)}")
         assert n_runs <= runs_max, f"more than {runs_max} sequences: make the scenario shorter"
         script = next_script(chooser.taken, departures_max)
     return n_runs

@@ -29,9 +29,7 @@ class Write:
 
     __slots__ = ("acked", "begin", "end", "first", "fua", "id", "n", "node", "reached", "volume", "zero")
 
-    def __init__(
-        self, id: int, volume: int, node: int, offset: int, length: int, zero: bool, fua: bool
-    ) -> None:
+    def __init__(self, id: int, volume: int, node: int, offset: int, length: int, zero: bool, fua: bool) -> None:
         self.id = id
         self.volume = volume
         self.node = node
@@ -109,9 +107,7 @@ class Ledger:
 
     # ------------------------------------------------------------------ what happens
 
-    def new_write(
-        self, node: int, offset: int, length: int, *, zero: bool = False, fua: bool = False
-    ) -> Write:
+    def new_write(self, node: int, offset: int, length: int, *, zero: bool = False, fua: bool = False) -> Write:
         """A write is submitted."""
         self.step += 1
         write = Write(self._next_id, self.volume, node, offset, length, zero, fua)
@@ -212,11 +208,7 @@ class Ledger:
             return _ANCIENT
         number, volume, node, at = _TAG.unpack_from(content)
         write = self.writes.get(number)
-        if (
-            write is None
-            or (volume, node, at) != (self.volume, write.node, sector)
-            or content[_TAG.size :] != _REST
-        ):
+        if write is None or (volume, node, at) != (self.volume, write.node, sector) or content[_TAG.size :] != _REST:
             raise ForeignData(
                 f"volume {self.volume} sector {sector} holds {content[:24].hex()}…, which nobody wrote there"
             )
@@ -236,15 +228,19 @@ class Ledger:
     def _zero_fits(self, sector: int, write: Write) -> bool:
         if write.zero:
             return True
-        return any(
-            z.zero and z.first <= sector < z.first + z.n and not older(z, write) for z in self.writes.values()
-        )
+        return any(z.zero and z.first <= sector < z.first + z.n and not older(z, write) for z in self.writes.values())
 
     def fits(self, sector: int, content: bytes, versions: Versions) -> bool:
         """Is *content* one of *versions*?"""
         if content == ZERO_SECTOR:
             return any(x.zero for x in versions)
         return self.version_at(sector, content) in versions
+
+    def came_since(self, sector: int, content: bytes, step: int) -> bool:
+        """Is *content* of a write that began after *step*?"""
+        if content != ZERO_SECTOR:
+            return self.version_at(sector, content).begin > step
+        return any(z.zero and z.begin > step and z.first <= sector < z.first + z.n for z in self.writes.values())
 
     def misfits(self, node: int, read: Reader) -> list[tuple[int, str]]:
         """Sectors of the copy of *node* that hold what they must not, with a sentence each."""
@@ -255,8 +251,7 @@ class Ledger:
                 found.append(
                     (
                         s,
-                        f"holds {self.version_at(s, content)!r},"
-                        f" allowed are {sorted(v.id for v in versions)}",
+                        f"holds {self.version_at(s, content)!r}, allowed are {sorted(v.id for v in versions)}",
                     )
                 )
         return found

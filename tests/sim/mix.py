@@ -147,11 +147,7 @@ def configuration(mix: Mix, node: int) -> ResourceConfig:
         max_epoch_size=mix.max_epoch_size, data_integrity_alg=mix.integrity, csums_alg=mix.csums,
         verify_alg="crc32c" if mix.verify else "", use_rle=mix.use_rle,
     )  # fmt: skip
-    handlers = (
-        {}
-        if mix.fencing is Fencing.DONT_CARE
-        else {"fence-peer": "/bin/fence", "unfence-peer": "/bin/unfence"}
-    )
+    handlers = {} if mix.fencing is Fencing.DONT_CARE else {"fence-peer": "/bin/fence", "unfence-peer": "/bin/unfence"}
     return ResourceConfig(
         name="r0",
         node=names[node],

@@ -122,9 +122,7 @@ class DiskView:
         self.superblock = super_at(self._image, layout)
         flags = self.superblock.flags
         primary = bool(flags & PRIMARY_IND)
-        self.all_set = bool(flags & FULL_SYNC) or bool(
-            flags & AL_DISABLED and flags & (PRIMARY_IND | CRASHED_PRIMARY)
-        )
+        self.all_set = bool(flags & FULL_SYNC) or bool(flags & AL_DISABLED and flags & (PRIMARY_IND | CRASHED_PRIMARY))
         self.hot = hot_extents(self._image, layout) if primary else set()
 
     def bit(self, bit: int) -> bool:
@@ -144,9 +142,7 @@ class DiskView:
                 continue
             for i, byte in enumerate(page):
                 if byte:
-                    found += [
-                        b for b in range((at + i) * 8, (at + i) * 8 + 8) if byte >> (b % 8) & 1 and b < n_bits
-                    ]
+                    found += [b for b in range((at + i) * 8, (at + i) * 8 + 8) if byte >> (b % 8) & 1 and b < n_bits]
         return found
 
 
@@ -168,9 +164,7 @@ class RingWatch:
             return []
         _, _, updates = parsed
         added = {extent for _, extent in updates}
-        return [
-            self.slots[slot] for slot, _ in updates if slot in self.slots and self.slots[slot] not in added
-        ]
+        return [self.slots[slot] for slot, _ in updates if slot in self.slots and self.slots[slot] not in added]
 
     def durable(self, block: bytes) -> None:
         parsed = ring_updates(block, check_crc=False)

@@ -50,9 +50,7 @@ def _peer_not_flushed(mp: Patch) -> None:
     """The peer's flush request is answered without flushing."""
     original = Replica.write
 
-    def write(
-        self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any
-    ) -> None:
+    def write(self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any) -> None:
         if cmd == Packet.DATA and not length:
             self.epoch.size += 1
             self.e.send_ack(Packet.WRITE_ACK, vol, sector, block_id, 0)
@@ -286,9 +284,7 @@ PLANTS = (
     Plant("flush only here", "a flush is answered when the local disk is flushed", _flush_only_here),
     Plant("ack too early", "the secondary acks a write before it is on disk", _ack_before_disk),
     Plant("answer without the peer", "the primary answers before the peer's ack", _answer_without_peer),
-    Plant(
-        "bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply
-    ),
+    Plant("bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply),
     Plant("stale resync block", "resync does not lock out application writes", _stale_resync_block),
     Plant("overlaps not serialised", "overlapping writes are in flight together", _overlaps_not_serialised),
     Plant("lost barrier", "a barrier is acked before its writes are done and flushed", _lost_barrier),

@@ -109,9 +109,7 @@ SCENARIOS = (
     Scenario("FUA, power cuts", durable_write, ("power a", "power b")),
     Scenario("resync of a block that is written again", resync_one_block, ("cut", "crash a", "crash b"), 1),
     Scenario("resync, power cuts", resync_one_block, ("power a", "power b"), 1),
-    Scenario(
-        "both crash", one_write, ("power a", "power b", "crash a", "crash b"), 2, replace(QUIET, size=2 << 20)
-    ),
+    Scenario("both crash", one_write, ("power a", "power b", "crash a", "crash b"), 2, replace(QUIET, size=2 << 20)),
     Scenario("hand-over, power cuts", hand_over, ("power a", "power b"), 1),
     Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), 1, replace(QUIET, protocol="A")),
     Scenario(

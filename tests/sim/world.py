@@ -250,12 +250,7 @@ class World:
         if not self.client_on or not self.mix.client:
             return
         for node in self.nodes:
-            if (
-                node.primary
-                and node.opened
-                and not node.closing
-                and len(node.clients.open) < self.mix.queue_depth
-            ):
+            if node.primary and node.opened and not node.closing and len(node.clients.open) < self.mix.queue_depth:
                 options.append((self.mix.client, self.submit, (node,)))
 
     def submit(self, node: Node) -> None:
@@ -286,9 +281,7 @@ class World:
         op = (Op.WRITE, Op.READ, Op.FLUSH, Op.TRIM, Op.ZEROES, Op.WRITE)[kind]
         return self.write(node, volume, spot * SECTOR, n * SECTOR, op, FUA if kind == 5 else 0)
 
-    def write(
-        self, node: Node, volume: int, offset: int, length: int, op: Op = Op.WRITE, flags: int = 0
-    ) -> Request:
+    def write(self, node: Node, volume: int, offset: int, length: int, op: Op = Op.WRITE, flags: int = 0) -> Request:
         zero = op is not Op.WRITE
         write = self.ledgers[volume].new_write(node.index, offset, length, zero=zero, fua=bool(flags & FUA))
         if op is Op.ZEROES:
@@ -312,9 +305,7 @@ class World:
     def flush(self, node: Node, volume: int) -> Request:
         request = Request(node.clients, None, Op.FLUSH, volume, 0, 0)
         point = self.ledgers[volume].flush_point()
-        node.clients.open[id(request)] = Ask(
-            request, point=point, good_since=self.checks.good_since(node, volume)
-        )
+        node.clients.open[id(request)] = Ask(request, point=point, good_since=self.checks.good_since(node, volume))
         return request
 
     def finished(self, node: Node, request: Request) -> None:
@@ -379,9 +370,7 @@ class World:
         if node.engine is None:
             return
         if node.clients.open or any(d.flights for d in node.disks.values()):
-            self.fail(
-                "answers", f"{node.config.node} is down, {node.clients.open or node.disks} is not finished"
-            )
+            self.fail("answers", f"{node.config.node} is down, {node.clients.open or node.disks} is not finished")
         self.crash(node, power=self.troubled and bool(self.mix.power_cut) and self.chance(2))
 
     def crash(self, node: Node, power: bool) -> None:
@@ -446,12 +435,7 @@ class World:
     def quiet(self) -> bool:
         """Nothing is on its way anywhere."""
         for node in self.nodes:
-            if (
-                node.attaches
-                or node.handlers
-                or node.clients.open
-                or any(d.flights for d in node.disks.values())
-            ):
+            if node.attaches or node.handlers or node.clients.open or any(d.flights for d in node.disks.values()):
                 return False
             if node.link is not None and any(p.incoming or p.rx for p in node.link.inbound):
                 return False
@@ -475,9 +459,7 @@ class World:
 
     def describe(self) -> list[str]:
         """The end of the story, for a failure."""
-        lines = [
-            f"{n:5d} {now:10.3f} {what} {' '.join(map(str, details))}" for n, now, what, details in self.trace
-        ]
+        lines = [f"{n:5d} {now:10.3f} {what} {' '.join(map(str, details))}" for n, now, what, details in self.trace]
         for node in self.nodes:
             lines += [f"node {'ab'[node.index]} waits: {c}" for c in node.commands.values()]
             lines += [f"node {'ab'[node.index]} waits: {a.request!r}" for a in node.clients.open.values()]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tandem.repl import mirror
+from tandem.repl import mirror, transfer_log
 from tandem.repl.config import Fencing
 from tandem.repl.events import LinkLost
 from tandem.repl.requests import FUA, Op, Request
@@ -156,7 +156,7 @@ def test_an_idle_sender_closes_its_epoch_after_a_moment_and_only_once() -> None:
     lone.settle()
     lone.meta(lone.ack(r))
     assert barriers(lone) == []
-    lone.at(lone.now + mirror.BARRIER_DELAY_S)
+    lone.at(lone.now + transfer_log.BARRIER_DELAY_S)
     assert barriers(lone) == [0]
     lone.at(lone.now + 5)
     assert barriers(lone) == [0], "an empty epoch has no barrier"
@@ -439,19 +439,19 @@ def test_a_failed_local_flush_costs_the_disk() -> None:
 
 def test_front_ends_pause_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     lone = Lone().ready()
-    m = lone.engine.mirror
+    m, log = lone.engine.mirror, lone.engine.log
     m.n_app = mirror.REQUESTS_MAX - 1
     assert not lone.engine.congested
     m.n_app += 1
     assert lone.engine.congested
-    m.n_app, m.n_log = 0, mirror.LOG_MAX - 1
+    m.n_app, log.n_requests = 0, transfer_log.LOG_MAX - 1
     assert not lone.engine.congested
-    m.n_log += 1
+    log.n_requests += 1
     assert lone.engine.congested
 
 
 def test_a_long_log_asks_the_peer_to_flush_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "LOG_MAX", 4)
+    monkeypatch.setattr(transfer_log, "LOG_MAX", 4)
     lone = Lone().ready()
     for i in range(6):
         lone.submit(Op.WRITE, i * 8192)
@@ -471,7 +471,7 @@ def test_a_log_that_is_full_frees_extents_by_a_flush() -> None:
     assert len(lone.done) == slots
     last = lone.submit(Op.WRITE, slots * AL_EXTENT)
     lone.settle()
-    assert last.waiting == 0 and not last.legs & mirror.AL_REF, "no slot is free"
+    assert last.waiting == 0 and not last.legs & transfer_log.AL_REF, "no slot is free"
     flushes = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
     assert len(flushes) == 1
     sent = [(e.barrier, e.n_sent) for e in lone.engine.log.epochs if e.barrier_sent]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem.repl import mirror
 from tandem.repl.events import LinkLost
 from tandem.repl.requests import FUA, Op, Request
+from tandem.repl.transfer_log import PEER
 from tandem.repl.units import SECTOR
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack
@@ -22,11 +22,11 @@ def image(lone: Lone, requests: list[Request]) -> tuple[object, ...]:
     names = {id(r): i for i, r in enumerate(requests)}
     out = lone.engine.take()
     disk = [names.get(id(op), (op.op, op.area, op.offset, op.length, op.flags)) for op in out.disk]
-    vol, m = lone.vol, lone.engine.mirror
+    vol, m, log = lone.vol, lone.engine.mirror, lone.engine.log
     return (
         b"".join(bytes(b) for b in out.data), b"".join(bytes(b) for b in out.meta), sorted(map(str, disk)),
         [names[id(r)] for r in out.done], [(r.waiting, r.legs, r.block_id, r.error) for r in requests],
-        vol.seq, m.next_id, m.n_log, m.n_app, vol.n_app, vol.n_local, vol.n_pending, vol.bytes_sent,
+        vol.seq, log.next_id, log.n_requests, m.n_app, vol.n_app, vol.n_local, vol.n_pending, vol.bytes_sent,
         [(e.barrier, e.n_sent, len(e.requests)) for e in m.epochs], sorted(vol.intervals.busy),
         sorted(vol.al.refs.items()), vol.bitmap.weight,
     )  # fmt: skip
@@ -108,7 +108,7 @@ class Driven:
                 engine.receive_meta(memoryview(pack_ack(P.WRITE_ACK, 0, sector, block_id, length, 1)))
         elif kind == "barrier" and engine.log.epochs and engine.log.epochs[0].barrier_sent:
             epoch = engine.log.epochs[0]
-            if all(not r.waiting & mirror.PEER for r in epoch.requests):
+            if all(not r.waiting & PEER for r in epoch.requests):
                 engine.receive_meta(memoryview(pack_barrier_ack(epoch.barrier, epoch.n_sent)))
         elif kind == "tick":
             lone.now += 0.05
