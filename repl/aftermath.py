@@ -72,8 +72,10 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
         peer_writes_here = (
             old.peer != Role.PRIMARY and new.peer == Role.PRIMARY and new.pdsk < D.INCONSISTENT
         )
+        # A Primary without a disk let the peer begin a generation; alone with its disk again, it needs its own.
+        disk_back = old.role == new.role == Role.PRIMARY and old.disk < D.UP_TO_DATE and not new.connected
         primary = Role.PRIMARY in (new.role, new.peer)
-        if (primary and (lost_peer_data(old, new) or target_may_have_ended)) or peer_writes_here:
+        if (primary and (lost_peer_data(old, new) or target_may_have_ended)) or peer_writes_here or disk_back:
             if new.suspended and e.config.net.protocol == "C":
                 vol.new_current_pending = True  # only under C is the log complete enough to be sent again
             else:

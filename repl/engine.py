@@ -349,7 +349,7 @@ class Engine:
             fencing=vol.config.disk_options.fencing,
             two_primaries=self.config.net.allow_two_primaries,
             is_open=vol.open_count > 0,
-            verify_alg=bool(self.config.net.verify_alg),
+            verify_alg=False,  # online verify is refused to the operator and to the peer: nothing serves it yet
             apv=self.link.apv,
             peer_primary_elsewhere=any(
                 v.state.peer == Role.PRIMARY for v in self.volumes.values() if v is not vol

@@ -376,7 +376,7 @@ def _storage(volume: VolumeConfig) -> tuple[object, ...]:
 def _command(request: Json) -> tuple[str, int | None, Json]:
     """The parts of a command; ValueError when it is malformed."""
     name, volume, args = request.get("name"), request.get("volume"), request.get("args", {})
-    if name not in COMMANDS:
+    if not isinstance(name, str) or name not in COMMANDS:
         raise ValueError(f"unknown command {str(name)[:40]!r}")
     if volume is not None and (not isinstance(volume, int) or isinstance(volume, bool)):
         raise ValueError("volume must be a number or null")

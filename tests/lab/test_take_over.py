@@ -28,8 +28,9 @@ class Change:
         self.meta = meta
         pair = self.pair
         pair.prepare(content="same")
-        fill(pair.kernel.disk_file(2), None)
-        fill(pair.tandem.disk_file(2), None)
+        for node in (pair.kernel, pair.tandem):  # away with the metadata that `prepare` made
+            fill(node.disk_file(), 0)
+            fill(node.disk_file(2), None)
         self.second.boot()
         self.partner(self.second)
         for node in (pair.kernel, self.second):

@@ -110,6 +110,7 @@ class Guest:
         self.control = f"10.78.{number}.1"
         self.console = lab.work / f"{name}.console"
         self.n_boots = 0
+        self._calls: set[socket.socket] = set()
         self._process: subprocess.Popen[bytes] | None = None
         for kind in ("c", "l"):
             local("ip", "tuntap", "add", "dev", f"{kind}{number}", "mode", "tap", "vnet_hdr")
@@ -180,6 +181,9 @@ class Guest:
                 process.kill()
         process.wait()
         self._process = None
+        for sock in list(self._calls):  # a host without power says no goodbye; whoever waits must know
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def freeze(self, on: bool) -> None:
         """Stop the guest's kernel in mid-air, or let it go on."""
@@ -190,7 +194,7 @@ class Guest:
 
     def cut(self, on: bool = True) -> None:
         """Pull the cable of the `lan`, or plug it in again."""
-        local("ip", "link", "set", f"l{self.number}", "down" if on else "up")
+        local("ip", "link", "set", f"l{self.number}", *(("nomaster",) if on else ("master", "lan")))
 
     def netem(self, spec: str) -> None:
         """Shape what the guest sends and what it receives (tc-netem's words); empty ends it."""
@@ -240,8 +244,12 @@ class Guest:
     def _ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
         with socket.create_connection((self.control, AGENT_PORT), 5.0) as sock:
             sock.settimeout(limit_s)
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            line = sock.makefile("rb").readline()
+            self._calls.add(sock)
+            try:
+                sock.sendall(json.dumps(request).encode() + b"\n")
+                line = sock.makefile("rb").readline()
+            finally:
+                self._calls.discard(sock)
         if not line:
             raise ConnectionResetError(f"{self.name} hung up")
         reply: dict[str, Any] = json.loads(line)

@@ -379,3 +379,7 @@ class Lone:
     def conn(self) -> ConnState:
         """The volume's connection state now (a call, because type checkers believe a property stays)."""
         return self.vol.state.conn
+
+    def local_disk(self) -> DiskState:
+        """The local disk's state now; as `conn`."""
+        return self.vol.state.disk

@@ -13,7 +13,8 @@ from tandem.repl.requests import META, Op
 from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import ID_SYNCER, Packet, Uuids, pack_ack, pack_barrier_ack, pack_state, pack_state_reply
 
-from tests.scenarios.lone import GENERATIONS, PEER_SECONDARY, Lone
+from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.pair import GENERATIONS
 
 P, D, C = Packet, DiskState, ConnState
 CONNECTED = State(Role.PRIMARY, Role.SECONDARY, C.CONNECTED, D.UP_TO_DATE, D.UP_TO_DATE)

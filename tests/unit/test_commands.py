@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
-from tandem.repl.events import Attach, AttachFailed, Attached, DeviceGrown, LinkLost, Opened, ProbeSize, ReleaseDisk
+from tandem.repl.events import Attach, Attached, AttachFailed, DeviceGrown, LinkLost, Opened, ProbeSize, ReleaseDisk
 from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import META, Op
 from tandem.repl.states import ConnState, DiskState, Role
@@ -36,7 +37,7 @@ SENTENCES = {
 EXIT_CODES = {-2: 17, -16: 5}
 
 
-def refused(lone: Lone, code: int, name: str, **args: object) -> Refusal:
+def refused(lone: Lone, code: int, name: str, **args: Any) -> Refusal:
     """Run a command that must be refused with *code*; nothing may have changed."""
     before = [v.state for v in lone.engine.volumes.values()]
     answer = lone.run(name, **args)
@@ -206,7 +207,7 @@ def test_the_peer_may_refuse() -> None:
     lone.settle()
     answer = lone.answered(ticket)
     assert isinstance(answer, Refusal) and (answer.code, answer.text) == (-10, SENTENCES[-10])
-    assert lone.state.disk == D.UP_TO_DATE
+    assert lone.local_disk() == D.UP_TO_DATE
 
 
 def test_a_primary_alone_needs_the_peer_fenced() -> None:
@@ -234,7 +235,7 @@ def test_outdated_is_on_disk_before_the_answer() -> None:
     ticket = lone.command("outdate")
     assert lone.answered(ticket) is None and lone.disk
     lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.disk == D.OUTDATED
+    assert lone.answered(ticket) == "done" and lone.local_disk() == D.OUTDATED
     assert not lone.vol.flags() & MdFlag.WAS_UP_TO_DATE
 
 
@@ -242,7 +243,7 @@ def test_force_promotes_from_inconsistent_with_a_new_generation() -> None:
     lone = alone(flags=INCONSISTENT)
     old = lone.vol.uuids.current
     assert lone.run("primary", force=True) == "done"
-    assert lone.state.role == Role.PRIMARY and lone.state.disk == D.UP_TO_DATE
+    assert lone.state.role == Role.PRIMARY and lone.local_disk() == D.UP_TO_DATE
     assert lone.vol.uuids.current != old and lone.vol.uuids.bitmap == old
 
 
@@ -260,9 +261,9 @@ def test_invalidate_alone_marks_everything_durably_first() -> None:
     ticket = lone.command("invalidate")
     (op,) = lone.disk
     assert op.area == META and op.offset == lone.layout.superblock
-    assert lone.vol.full_sync_flag and lone.state.disk == D.UP_TO_DATE and lone.answered(ticket) is None
+    assert lone.vol.full_sync_flag and lone.local_disk() == D.UP_TO_DATE and lone.answered(ticket) is None
     lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.disk == D.INCONSISTENT
+    assert lone.answered(ticket) == "done" and lone.local_disk() == D.INCONSISTENT
     assert lone.vol.bitmap.weight == lone.vol.n_bits and not lone.vol.full_sync_flag
 
 
@@ -281,7 +282,7 @@ def test_a_primary_detaches_only_with_the_peers_consent() -> None:
     assert lone.answered(ticket) is None
     lone.meta(pack_state_reply(1, 0, False))
     lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.disk == D.DISKLESS and lone.of(ReleaseDisk)
+    assert lone.answered(ticket) == "done" and lone.local_disk() == D.DISKLESS and lone.of(ReleaseDisk)
 
 
 def test_a_detach_waits_for_what_is_out_on_the_disk() -> None:
@@ -295,10 +296,10 @@ def test_a_detach_waits_for_what_is_out_on_the_disk() -> None:
     while others:
         lone.answer(*others)
         others = [op for op in lone.disk if op is not r]
-    assert lone.state.disk == D.FAILED and not lone.of(ReleaseDisk) and lone.answered(ticket) is None
+    assert lone.local_disk() == D.FAILED and not lone.of(ReleaseDisk) and lone.answered(ticket) is None
     lone.answer(r)
     lone.settle()
-    assert lone.state.disk == D.DISKLESS and lone.answered(ticket) == "done"
+    assert lone.local_disk() == D.DISKLESS and lone.answered(ticket) == "done"
 
 
 def test_demotion_waits_until_the_peer_has_everything_stably() -> None:
@@ -335,7 +336,7 @@ def test_down_demotes_disconnects_and_leaves_clean_metadata() -> None:
         written += [op for op in lone.disk if op.offset == lone.layout.superblock]
         lone.answer()
     assert lone.answered(ticket) == "done" and lone.of(ReleaseDisk)
-    assert (lone.state.role, lone.state.conn, lone.state.disk) == (Role.SECONDARY, C.STAND_ALONE, D.DISKLESS)
+    assert (lone.state.role, lone.state.conn, lone.local_disk()) == (Role.SECONDARY, C.STAND_ALONE, D.DISKLESS)
     assert written
 
 
@@ -352,7 +353,7 @@ def test_down_of_a_running_attach_ends() -> None:
 # ------------------------------------------------------------------------------------------------ resize
 
 
-def grow(lone: Lone, size: int, **args: object) -> Refusal | str | None:
+def grow(lone: Lone, size: int, **args: Any) -> Refusal | str | None:
     ticket = lone.command("resize", **args)
     probe = lone.of(ProbeSize)[-1]
     lone.handle(DeviceGrown(probe.ticket, 0, size, size))
@@ -408,7 +409,7 @@ def test_clear_bitmap_skips_the_initial_sync_of_two_fresh_disks() -> None:
     )
     lone.forget()
     assert lone.run("new-current-uuid", clear_bitmap=True) == "done"
-    assert lone.state.disk == lone.state.pdsk == D.UP_TO_DATE and lone.vol.bitmap.weight == 0
+    assert lone.local_disk() == lone.state.pdsk == D.UP_TO_DATE and lone.vol.bitmap.weight == 0
     assert lone.vol.uuids.bitmap == 0 and lone.sent(P.UUIDS, P.STATE) == [P.UUIDS]
 
 
@@ -422,7 +423,7 @@ def test_an_attach_that_comes_back_late_is_closed_again() -> None:
     lone.handle(AttachFailed(old.ticket, 0, Refusal(104, "Can not open backing device.")))
     lone.effects.clear()
     lone.handle(Attached(old.ticket, 0, lone.loaded()))
-    assert lone.state.disk == D.DISKLESS and [e.volume for e in lone.of(ReleaseDisk)] == [0]
+    assert lone.local_disk() == D.DISKLESS and [e.volume for e in lone.of(ReleaseDisk)] == [0]
 
 
 def test_a_failure_of_an_earlier_attach_does_not_end_this_one() -> None:
@@ -432,7 +433,7 @@ def test_a_failure_of_an_earlier_attach_does_not_end_this_one() -> None:
     lone.handle(AttachFailed(old, 0, Refusal(104, "Can not open backing device.")))
     ticket = lone.command("attach")
     lone.handle(AttachFailed(old, 0, Refusal(104, "Can not open backing device.")))
-    assert lone.state.disk == D.ATTACHING and lone.answered(ticket) is None
+    assert lone.local_disk() == D.ATTACHING and lone.answered(ticket) is None
     lone.handle(Attached(lone.of(Attach)[-1].ticket, 0, lone.loaded(flags=IN_SYNC)))
     lone.settle()
     assert lone.answered(ticket) == "done"

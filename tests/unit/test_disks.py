@@ -54,7 +54,7 @@ def test_what_the_metadata_speaks_for(
 ) -> None:
     lone = Lone(disk={"fencing": fencing})
     lone.attach(flags=flags)
-    assert (lone.state.disk, lone.state.pdsk) == (disk, pdsk)
+    assert (lone.local_disk(), lone.state.pdsk) == (disk, pdsk)
 
 
 @pytest.mark.parametrize("flags", [IN_SYNC | MdFlag.PRIMARY_IND, IN_SYNC | MdFlag.CRASHED_PRIMARY])
@@ -91,7 +91,7 @@ def test_metadata_that_can_not_be_written_is_refused() -> None:
     lone.settle()
     answer = lone.answered(ticket)
     assert isinstance(answer, Refusal) and answer.code == 118
-    assert lone.state.disk == D.DISKLESS and lone.of(ReleaseDisk)
+    assert lone.local_disk() == D.DISKLESS and lone.of(ReleaseDisk)
 
 
 def test_a_fresh_disk_is_all_out_of_sync_and_gets_its_log() -> None:
@@ -103,7 +103,7 @@ def test_a_fresh_disk_is_all_out_of_sync_and_gets_its_log() -> None:
         lone.answer()
     logs = {op.offset for op in written if lone.layout.al <= op.offset < lone.layout.al + 32768}
     assert len(logs) == lone.layout.al_blocks
-    assert lone.state.disk == D.INCONSISTENT and lone.vol.bitmap.weight == lone.vol.n_bits > 0
+    assert lone.local_disk() == D.INCONSISTENT and lone.vol.bitmap.weight == lone.vol.n_bits > 0
     assert lone.vol.uuids.current == 4 and superblocks(written, lone)[-1].la_size_sect == lone.vol.size // 512
 
 
@@ -137,15 +137,15 @@ def test_a_primary_takes_back_only_the_generation_it_showed() -> None:
     lone.settle()
     shown = lone.vol.uuids
     lone.run("detach", force=True)
-    assert lone.state.role == Role.PRIMARY and lone.state.disk == D.DISKLESS
+    assert lone.state.role == Role.PRIMARY and lone.local_disk() == D.DISKLESS
     ticket, _ = found(lone, generations=(0x777, 0, 0, 0))
     lone.settle()
     answer = lone.answered(ticket)
-    assert isinstance(answer, Refusal) and answer.code == 150 and lone.state.disk == D.DISKLESS
+    assert isinstance(answer, Refusal) and answer.code == 150 and lone.local_disk() == D.DISKLESS
     quad = (shown.current, shown.bitmap, shown.history0, shown.history1)
     ticket, _ = found(lone, generations=quad, flags=IN_SYNC | MdFlag.PRIMARY_IND)
     lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.disk == D.UP_TO_DATE
+    assert lone.answered(ticket) == "done" and lone.local_disk() == D.UP_TO_DATE
 
 
 def test_attaching_while_connected_waits_for_the_decision() -> None:
@@ -153,10 +153,10 @@ def test_attaching_while_connected_waits_for_the_decision() -> None:
     lone.connect()
     lone.forget()
     found(lone)
-    assert lone.state.disk == D.NEGOTIATING and lone.sent() == [P.SIZES, P.UUIDS, P.STATE]
+    assert lone.local_disk() == D.NEGOTIATING and lone.sent() == [P.SIZES, P.UUIDS, P.STATE]
     lone.data(lone.parameters(replace(PEER_SECONDARY, conn=C.CONNECTED)))
     lone.settle()
-    assert lone.state.disk == D.UP_TO_DATE
+    assert lone.local_disk() == D.UP_TO_DATE
 
 
 def test_a_disk_that_is_negotiating_when_the_link_breaks_is_what_was_found() -> None:
@@ -165,7 +165,7 @@ def test_a_disk_that_is_negotiating_when_the_link_breaks_is_what_was_found() -> 
     found(lone)
     lone.engine.drop(C.NETWORK_FAILURE, "a test")
     lone.settle()
-    assert lone.state.disk == D.UP_TO_DATE and lone.conn() == C.WF_CONNECTION
+    assert lone.local_disk() == D.UP_TO_DATE and lone.conn() == C.WF_CONNECTION
 
 
 def test_a_disk_that_comes_in_the_middle_of_a_handshake_waits_for_its_end() -> None:
@@ -176,11 +176,11 @@ def test_a_disk_that_comes_in_the_middle_of_a_handshake_waits_for_its_end() -> N
     lone.link()
     lone.data(lone.features())
     lone.handle(Attached(attach.ticket, 0, lone.loaded()))
-    assert lone.state.disk == D.ATTACHING and lone.disk == []
+    assert lone.local_disk() == D.ATTACHING and lone.disk == []
     lone.data(lone.protocol() + lone.parameters())
     lone.settle()
     assert lone.answered(ticket) is None or lone.answered(ticket) == "done"
-    assert lone.state.disk >= D.NEGOTIATING
+    assert lone.local_disk() >= D.NEGOTIATING
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -194,7 +194,7 @@ def test_an_error_costs_the_disk_and_the_peer_is_told(policy: str) -> None:
     r = lone.submit(Op.WRITE, 8192)
     lone.answer(r, error=errno.EIO)
     lone.settle()
-    assert lone.state.disk == D.DISKLESS and lone.of(ReleaseDisk)
+    assert lone.local_disk() == D.DISKLESS and lone.of(ReleaseDisk)
     words = [int.from_bytes(p, "big") >> 9 & 15 for p in lone.payloads(P.STATE)]
     assert words == [D.FAILED, D.DISKLESS]
     assert bool([h for h in lone.of(RunHandler) if h.name == "local-io-error"]) == (policy != "detach")
@@ -207,7 +207,7 @@ def test_pass_on_keeps_the_disk_but_not_its_word() -> None:
     r = lone.submit(Op.WRITE, 8192)
     lone.answer(r, error=errno.EIO)
     lone.settle()
-    assert lone.state.disk == D.INCONSISTENT and lone.sent(P.STATE) == [P.STATE]
+    assert lone.local_disk() == D.INCONSISTENT and lone.sent(P.STATE) == [P.STATE]
     lone.meta(lone.ack(r))
     assert r.error == 0 and lone.vol.bitmap.weight == 1
 
@@ -216,7 +216,7 @@ def test_a_read_error_under_pass_on_changes_no_state() -> None:
     lone = Lone(disk={"on_io_error": "pass_on"}).ready()
     r = lone.submit(Op.READ)
     lone.answer(r, error=errno.EIO)
-    assert lone.state.disk == D.UP_TO_DATE and lone.sent(P.DATA_REQUEST) == [P.DATA_REQUEST]
+    assert lone.local_disk() == D.UP_TO_DATE and lone.sent(P.DATA_REQUEST) == [P.DATA_REQUEST]
 
 
 def test_a_metadata_error_always_detaches() -> None:
@@ -225,7 +225,7 @@ def test_a_metadata_error_always_detaches() -> None:
     assert [op.area for op in lone.disk] == [META]
     lone.answer(error=errno.EIO)
     lone.settle()
-    assert lone.state.disk == D.DISKLESS
+    assert lone.local_disk() == D.DISKLESS
     assert lone.sent(P.DATA) == [P.DATA], "the write goes on without the disk"
 
 
@@ -235,7 +235,7 @@ def test_the_disk_is_released_once_and_after_its_last_operation() -> None:
     lone.settle()
     first, second = lone.submit(Op.WRITE, 8192), lone.submit(Op.WRITE, 16384)
     lone.answer(first, error=errno.EIO)
-    assert lone.of(ReleaseDisk) == [] and lone.state.disk == D.FAILED
+    assert lone.of(ReleaseDisk) == [] and lone.local_disk() == D.FAILED
     lone.answer(second)
     lone.settle()
     assert [e.volume for e in lone.of(ReleaseDisk)] == [0] and lone.vol.n_local == 0
@@ -257,9 +257,9 @@ def test_a_secondary_that_lost_its_disk_refuses_and_can_attach_again() -> None:
     lone.data(pack_data(P.DATA, 0, 8, 1, 1, 0x100, 4096) + bytes(4096))
     lone.answer(error=errno.EIO)
     lone.settle()
-    assert lone.state.disk == D.DISKLESS
+    assert lone.local_disk() == D.DISKLESS
     found(lone)
-    assert lone.state.disk == D.NEGOTIATING
+    assert lone.local_disk() == D.NEGOTIATING
 
 
 def test_a_clean_detach_of_a_secondary_writes_the_bitmap_first() -> None:
@@ -267,4 +267,4 @@ def test_a_clean_detach_of_a_secondary_writes_the_bitmap_first() -> None:
     lone.attach()
     lone.vol.bitmap.set(0, 9)
     assert lone.run("detach") == "done"
-    assert lone.state.disk == D.DISKLESS and lone.vol.bm_writes == 1
+    assert lone.local_disk() == D.DISKLESS and lone.vol.bm_writes == 1

@@ -15,8 +15,8 @@ from tandem.repl.wire import Packet, pack_state_reply
 from tests.scenarios.lone import PEER_SECONDARY, Lone
 
 P, D = Packet, DiskState
-STONITH = {"fencing": Fencing.RESOURCE_AND_STONITH}
-RESOURCE_ONLY = {"fencing": Fencing.RESOURCE_ONLY}
+STONITH: dict[str, object] = {"fencing": Fencing.RESOURCE_AND_STONITH}
+RESOURCE_ONLY: dict[str, object] = {"fencing": Fencing.RESOURCE_ONLY}
 
 
 def lost(policy: dict[str, object], handlers: tuple[str, ...] = ("fence-peer",)) -> tuple[Lone, Request]:
@@ -95,13 +95,13 @@ def test_without_a_configured_handler_it_stays_frozen() -> None:
 def test_code_6_outdates_this_node() -> None:
     lone, _ = lost(RESOURCE_ONLY)
     exits(lone, 6)
-    assert lone.state.disk == D.OUTDATED
+    assert lone.local_disk() == D.OUTDATED
 
 
 def test_code_5_counts_only_for_a_good_disk() -> None:
     lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",))
     lone.attach()
-    assert lone.state.disk == D.CONSISTENT
+    assert lone.local_disk() == D.CONSISTENT
     ticket = lone.command("primary")
     exits(lone, 5)
     refused = lone.answered(ticket)
@@ -162,7 +162,7 @@ def test_resume_io_takes_responsibility() -> None:
 def test_a_disk_lost_while_frozen_ends_the_freeze_with_errors() -> None:
     lone, r = lost(STONITH)
     lone.run("detach", force=True)
-    assert lone.state.disk == D.DISKLESS
+    assert lone.local_disk() == D.DISKLESS
     lone.run("resume-io")
     assert r in lone.done and r.error == errno.EIO, "nobody has it"
 
@@ -178,7 +178,7 @@ def test_a_consistent_node_is_promoted_once_the_peer_is_out(policy: dict[str, ob
     ticket = lone.command("primary")
     exits(lone, code)
     assert lone.answered(ticket) == "done" and lone.state.role == Role.PRIMARY
-    assert lone.state.disk == D.UP_TO_DATE and lone.state.pdsk == D.OUTDATED
+    assert lone.local_disk() == D.UP_TO_DATE and lone.state.pdsk == D.OUTDATED
 
 
 @pytest.mark.parametrize("code", [1, 6])
@@ -242,4 +242,4 @@ def test_a_secondary_that_is_refused_outdates_itself() -> None:
     assert asked == ["000001f000000010", "00001ff000000a10"]
     lone.meta(pack_state_reply(1, 0, True))
     lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.disk == D.OUTDATED
+    assert lone.answered(ticket) == "done" and lone.local_disk() == D.OUTDATED

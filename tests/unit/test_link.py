@@ -457,7 +457,7 @@ def check_disk(lone: Lone) -> None:
         assert op.length > 0 and op.offset % 512 == op.length % 512 == 0
         where = lone.layout
         if op.area == DATA:
-            assert 0 <= op.offset and op.offset + op.length <= where.usable, op
+            assert op.offset >= 0 and op.offset + op.length <= where.usable, op
         else:
             assert op.area == META and where.usable <= op.offset and op.offset + op.length <= 64 << 20, op
 

@@ -23,7 +23,7 @@ class Writer:
     """A `MetaWriter`, the operations it has out, and what it was told."""
 
     def __init__(self, size: int = 1 << 30, **disk: object) -> None:
-        given = Given(size=size, disk=[disk, {}])  # type: ignore[list-item]
+        given = Given(size=size, disk=[disk, {}])
         config = given.config(0)
         self.vol = Volume(config.volumes[0], config.net)
         self.vol.state = State(disk=DiskState.UP_TO_DATE)

@@ -103,7 +103,7 @@ def test_a_failed_local_write_is_answered_by_the_peer_and_the_disk_goes() -> Non
     r = lone.submit(Op.WRITE, 8192)
     lone.answer(r, error=errno.EIO)
     lone.settle()
-    assert r not in lone.done and lone.state.disk == DiskState.DISKLESS
+    assert r not in lone.done and lone.local_disk() == DiskState.DISKLESS
     lone.meta(lone.ack(r))
     assert r in lone.done and r.error == 0
 
@@ -429,7 +429,7 @@ def test_a_failed_local_flush_costs_the_disk() -> None:
     flush = lone.submit(Op.FLUSH)
     lone.answer(error=errno.EIO)
     lone.settle()
-    assert lone.state.disk == DiskState.DISKLESS and flush not in lone.done
+    assert lone.local_disk() == DiskState.DISKLESS and flush not in lone.done
     lone.meta(flush_ack(lone))
     assert flush in lone.done and flush.error == 0
 
@@ -452,6 +452,7 @@ def test_front_ends_pause_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_long_log_asks_the_peer_to_flush_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer_log, "LOG_MAX", 4)
+    monkeypatch.setattr(mirror, "LOG_MAX", 4)
     lone = Lone().ready()
     for i in range(6):
         lone.submit(Op.WRITE, i * 8192)

@@ -27,7 +27,7 @@ def image(lone: Lone, requests: list[Request]) -> tuple[object, ...]:
         b"".join(bytes(b) for b in out.data), b"".join(bytes(b) for b in out.meta), sorted(map(str, disk)),
         [names[id(r)] for r in out.done], [(r.waiting, r.legs, r.block_id, r.error) for r in requests],
         vol.seq, log.next_id, log.n_requests, m.n_app, vol.n_app, vol.n_local, vol.n_pending, vol.bytes_sent,
-        [(e.barrier, e.n_sent, len(e.requests)) for e in m.epochs], sorted(vol.intervals.busy),
+        [(e.barrier, e.n_sent, len(e.requests)) for e in log.epochs], sorted(vol.intervals.busy),
         sorted(vol.al.refs.items()), vol.bitmap.weight,
     )  # fmt: skip
 

@@ -14,7 +14,8 @@ from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import Packet, Sizes, Uuids, pack_block_req, pack_state, unpack_u32
 
-from tests.scenarios.lone import GENERATIONS, PEER_SECONDARY, Lone
+from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.pair import GENERATIONS
 
 P, D, C = Packet, DiskState, ConnState
 MIB = 1 << 20
@@ -164,7 +165,7 @@ def test_tentative_shows_the_verdict_and_ends() -> None:
     lone.run("connect", tentative=True)
     lone.connect(uuids=(0x20, 0x10, 0, 0))
     assert lone.conn() == C.STAND_ALONE and any("uuid_compare()=-1" in note for note in lone.notes())
-    assert lone.state.disk == D.UP_TO_DATE and lone.vol.uuids.current == 0x10
+    assert lone.local_disk() == D.UP_TO_DATE and lone.vol.uuids.current == 0x10
 
 
 def test_the_tentative_peer_comes_again() -> None:

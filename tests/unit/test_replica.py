@@ -111,7 +111,7 @@ def test_a_failed_write_is_a_negative_ack_in_every_protocol(protocol: str) -> No
     lone.answer(error=errno.EIO)
     assert acks(lone)[-1] == ("NEG_ACK", 16, ID + 2) and bits.weight == 1
     lone.settle()
-    assert lone.state.disk == DiskState.DISKLESS
+    assert lone.local_disk() == DiskState.DISKLESS
 
 
 def test_a_diskless_node_refuses_but_counts() -> None:
@@ -286,7 +286,7 @@ def test_a_flush_that_fails_is_refused_and_costs_the_disk() -> None:
     lone.data(flush())
     lone.answer(error=errno.EIO)
     lone.settle()
-    assert ("NEG_ACK", 0, ID) in acks(lone) and lone.state.disk == DiskState.DISKLESS
+    assert ("NEG_ACK", 0, ID) in acks(lone) and lone.local_disk() == DiskState.DISKLESS
 
 
 # ---------------------------------------------------------------------------------- a Primary without a disk

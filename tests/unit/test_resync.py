@@ -118,7 +118,7 @@ def test_the_target_ends_with_a_ping_then_its_generation_then_the_state() -> Non
     assert lone.sent(P.STATE) == [], "the superblock comes first"
     lone.settle()
     assert lone.sent(P.STATE) == [P.STATE] and lone.conn() == ConnState.CONNECTED
-    assert lone.state.disk == lone.state.pdsk == DiskState.UP_TO_DATE
+    assert lone.local_disk() == lone.state.pdsk == DiskState.UP_TO_DATE
     assert lone.vol.uuids == UuidSet(0x20, 0, SYNC_UUID, 0x10)
 
 
@@ -170,7 +170,7 @@ def test_failed_blocks_stay_out_of_sync_and_no_generation_is_adopted(how: str) -
     lone.settle()
     lone.meta(packet(P.PING_ACK))
     lone.settle()
-    assert lone.conn() == ConnState.CONNECTED and lone.state.disk == DiskState.INCONSISTENT
+    assert lone.conn() == ConnState.CONNECTED and lone.local_disk() == DiskState.INCONSISTENT
     assert lone.vol.bitmap.weight == 1 and lone.vol.uuids == uuids
 
 
@@ -474,7 +474,7 @@ def test_replies_asked_for_before_the_targets_disk_failed_are_drained() -> None:
     lone.data(reply(0))
     lone.answer(error=errno.ENOSPC)
     lone.settle()
-    assert lone.state.disk == DiskState.DISKLESS and lone.conn() == ConnState.CONNECTED
+    assert lone.local_disk() == DiskState.DISKLESS and lone.conn() == ConnState.CONNECTED
     assert any("ENOSPC on /dev/fake0" in note for note in lone.notes())
     lone.packets.clear()
     lone.data(reply(9))
