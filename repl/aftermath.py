@@ -126,7 +126,8 @@ def _tell_peer(e: Engine, vol: Volume, old: State, new: State) -> None:
         peer.send_uuids(vol)
         peer.send_state(vol)
     elif peer_attached:
-        peer.send_uuids(vol)
+        if not vol.uuids_told:
+            peer.send_uuids(vol)
         peer.send_state(vol)
     elif (
         (old.conn == C.WF_REPORT_PARAMS and new.connected)

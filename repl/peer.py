@@ -273,6 +273,11 @@ class Peer:
         """
         e = self.e
         vol.consider_resync = False
+        if ps.disk == DiskState.NEGOTIATING and vol.state.disk != DiskState.NEGOTIATING:
+            # The attaching node decides by our set as it is now, not as a rule may correct it: else the
+            # two nodes would not see the same two sets, and could both want to be the source.
+            self.send_uuids(vol)
+            vol.uuids_told = True
         decision = decide(self._facts(vol, ps, peer_disk, False))
         if decision.demote_self:
             demoted = e.change(vol, replace(vol.state, role=Role.SECONDARY))
@@ -301,9 +306,7 @@ class Peer:
             e.disks.attach_refused(vol, decision.abort)
             return (ConnState.CONNECTED, ps.disk) if vol.state.connected else None
         if ps.disk == DiskState.NEGOTIATING:
-            # The attaching node waits for these two, and decides by them as we did.
-            self.send_uuids(vol)
-            self.send_state(vol)
+            self.send_state(vol)  # the attaching node waits for it, and decides as we did
             return ConnState.CONNECTED, DiskState.DISKLESS
         if e.link.peer_dry_run and not e.tentative:
             e.drop(ConnState.PROTOCOL_ERROR, "the peer only asked what would happen")
@@ -343,6 +346,7 @@ class Peer:
             self.send_uuids(vol)
             self.send_state(vol)
         vol.discard_my_data = False
+        vol.uuids_told = False
 
     # ------------------------------------------------------------------------------ reads for the peer
 

@@ -270,32 +270,26 @@ class Resync:
 
     def receive_data(self, vol: Volume, sector: int, payload: memoryview) -> None:
         """P_RS_DATA_REPLY: write the block, unless we can not."""
-        run = vol.target
-        lock = run.out.get(sector) if run else None
-        if run is None and not vol.local:  # asked for before our disk went
-            self.e.send_ack(Packet.NEG_ACK, vol, sector, ID_SYNCER, len(payload))
-            return
-        if run is None or lock is None or lock.length != len(payload):
-            raise PeerProtocolError(f"resync data nobody asked for: sector {sector}, {len(payload)} bytes")
         vol.bytes_received += len(payload)
-        if not vol.local:
-            self._target_failed(vol, run, sector, lock)
-            return
-        self._write_block(vol, run, sector, lock, payload, Op.WRITE)
+        self._block_arrived(vol, sector, len(payload), payload, Op.WRITE)
 
     def receive_deallocated(self, vol: Volume, sector: int, length: int) -> None:
         """P_RS_DEALLOCATED: the source's block is all zero."""
+        self._block_arrived(vol, sector, length, None, Op.ZEROES)
+
+    def _block_arrived(
+        self, vol: Volume, sector: int, length: int, payload: memoryview | None, op: int
+    ) -> None:
         run = vol.target
         lock = run.out.get(sector) if run else None
-        if run is None and not vol.local:
+        if run is None and not vol.local:  # asked for before our disk went
             self.e.send_ack(Packet.NEG_ACK, vol, sector, ID_SYNCER, length)
-            return
-        if run is None or lock is None or lock.length != length:
-            raise PeerProtocolError(f"deallocation nobody asked for: sector {sector}, {length} bytes")
-        if not vol.local:
+        elif run is None or lock is None or lock.length != length:
+            raise PeerProtocolError(f"resync data nobody asked for: sector {sector}, {length} bytes")
+        elif not vol.local:
             self._target_failed(vol, run, sector, lock)
-            return
-        self._write_block(vol, run, sector, lock, None, Op.ZEROES)
+        else:
+            self._write_block(vol, run, sector, lock, payload, op)
 
     def _write_block(
         self, vol: Volume, run: TargetRun, sector: int, lock: Lock, payload: memoryview | None, op: int

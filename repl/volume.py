@@ -55,6 +55,7 @@ class Volume:
         self.target_done = False  # the target said so while bits of ours were still set
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.primary_hold = False  # PRIMARY_IND stays until the bits only the log vouches for are on disk
+        self.uuids_told = False  # the attaching peer has our set as it was when we decided
         self.consider_resync = False  # both were Inconsistent and the peer was forced to be UpToDate
         self.pending_sync_uuid: int | None = None  # P_SYNC_UUID that came before we were ready for it
         self.al_nr_extents = 0
