@@ -21,7 +21,7 @@ from typing import Any
 import machine
 import report
 from rich.console import Console
-from systems import ALL, System, BenchError, Tandem, other_tree
+from systems import ALL, BenchError, System, Tandem, other_tree
 from workloads import MIB, WORKLOADS, FioError, Measured, Workload, cpu_seconds, measured, run_fio
 
 REFERENCE = "nbdkit"

@@ -385,12 +385,13 @@ class Transmission:
         if not parent.complete:
             return
         self.n_open -= 1
+        parts, parent.parts = parent.parts, []  # a piece knows its parent: a circle that would keep payloads
         if self._gone:
             return
         if parent.error:
             answer = self._replies.error(parent.cookie, parent.offset, *nbd_error(parent.error))
         elif parent.op == _READ:
-            answer = self._replies.data(parent.cookie, parent.offset, parent.parts)
+            answer = self._replies.data(parent.cookie, parent.offset, parts)
         else:
             answer = self._replies.success(parent.cookie, parent.offset)
         self._port.send(answer)

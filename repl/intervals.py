@@ -2,9 +2,9 @@
 
 Two overlapping operations that change data are never in flight together: not two client writes, not a
 client write and a resync copy. The table answers "what stands in my way" and hands back the waiters of
-whatever goes. Small ranges are kept per 4 KiB block, so a check is one dictionary look-up; a range above
-`SMALL_MAX` (trims, zeroes) is kept in a short list, because entering each of its blocks would cost more
-than walking the few large ranges there ever are.
+whatever goes. Small ranges are kept per 4 KiB block, so a check is one dictionary look-up; large ones (trims,
+zeroes, long copies of a resync) are kept in a short list, because entering each of their blocks would cost
+more than walking the few large ranges there ever are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final, Protocol
 from .units import BLOCK, BLOCK_SHIFT, IO_MAX
 
 SMALL_MAX: Final = IO_MAX
+LOCK_SMALL_MAX: Final = 256 << 10  # of a resync's locks, which never meet the data plane's short path
 
 
 class Range(Protocol):
@@ -45,6 +46,10 @@ class Intervals:
     def __bool__(self) -> bool:
         return bool(self.busy or self.large)
 
+    @staticmethod
+    def _is_large(entry: Range) -> bool:
+        return entry.length > (LOCK_SMALL_MAX if type(entry) is Lock else SMALL_MAX)
+
     def blocker(self, offset: int, length: int) -> Range | None:
         """What overlaps the range (rounded out to blocks), or None."""
         first, end = offset >> BLOCK_SHIFT, (offset + length + BLOCK - 1) >> BLOCK_SHIFT
@@ -64,17 +69,16 @@ class Intervals:
 
     def add(self, entry: Range) -> None:
         """Enter a range that `blocker` found free."""
-        if entry.length > SMALL_MAX:
+        if self._is_large(entry):
             self.large.append(entry)
             return
-        busy = self.busy
-        for block in range(entry.offset >> BLOCK_SHIFT, (entry.offset + entry.length + BLOCK - 1) >> BLOCK_SHIFT):
-            assert block not in busy, "two holders of one block"
-            busy[block] = entry
+        blocks = range(entry.offset >> BLOCK_SHIFT, (entry.offset + entry.length + BLOCK - 1) >> BLOCK_SHIFT)
+        assert self.busy.keys().isdisjoint(blocks), "two holders of one block"
+        self.busy.update(dict.fromkeys(blocks, entry))
 
     def remove(self, entry: Range) -> list[Callable[[], None]]:
         """Take a range out; returns what waited for it, to be called by the owner of the table."""
-        if entry.length > SMALL_MAX:
+        if self._is_large(entry):
             self.large.remove(entry)
         else:
             busy = self.busy

@@ -324,10 +324,15 @@ class Peer:
         if old.disk == DiskState.NEGOTIATING and settled and vol.found_disk is not None:
             new = replace(new, disk=vol.found_disk)
         connecting = old.conn < ConnState.CONNECTED
-        if (
-            connecting and conn == ConnState.CONNECTED and peer_disk == DiskState.CONSISTENT
-            and old.suspended and vol.new_current_pending
-        ):  # fmt: skip
+        kept = vol.new_current_pending or e.log.kept
+        rebooted = conn == ConnState.CONNECTED and kept and (
+            peer_disk in (DiskState.OUTDATED, DiskState.CONSISTENT)
+            # Without a fencing policy a rebooted peer calls itself UpToDate, too.
+            or (not e.fenced_policy and e.log.answered_unstable())
+        )
+        # A resync would take bitmap and generation as they are now, without what the frozen log speaks of.
+        stale = conn == ConnState.WF_BITMAP_S and kept
+        if connecting and old.suspended and (rebooted or stale):
             e.fencing.peer_was_rebooted()
             return
         refused = e.change(vol, new, hard=not connecting)

@@ -250,6 +250,14 @@ class TransferLog:
             if type(r) is Request and r.volume == vol.number and r.legs & IN_SYNC and r.waiting & LOCAL
         )
 
+    def answered_unstable(self) -> bool:
+        """Does the log hold writes that the peer has answered and may yet lose with its memory?"""
+        return any(
+            type(r) is Request and r.legs & PEER_OK and not r.waiting & PEER
+            for epoch in self.epochs
+            for r in epoch.requests
+        )
+
     def mark_out_of_sync(self, vol: Volume) -> None:
         """The peer lost its disk: nothing it holds unflushed counts any more."""
         for epoch in self.epochs:
@@ -316,10 +324,17 @@ class TransferLog:
         return None
 
     def answered(self, requests: list[Request]) -> None:
-        """These are being answered: the epoch they belong to ends, so that what follows comes after it."""
+        """These are being answered: the epoch they belong to ends, so that what follows comes after it.
+
+        A peer of our own kind is sent every flush and needs no order besides, so its epochs end by the clock:
+        a barrier for each batch would cost as much as the batch.
+        """
         if self.epochs:
             epoch = self.epochs[-1]
-            if not epoch.closed and epoch.n_sent:
+            if self.e.link.peer_sends_flushes:
+                if self.barrier_at is None and epoch.n_sent:
+                    self.barrier_at = self.e.now + BARRIER_DELAY_S
+            elif not epoch.closed and epoch.n_sent:
                 for r in requests:
                     if r.epoch is epoch:
                         epoch.closed = True

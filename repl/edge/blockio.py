@@ -30,6 +30,7 @@ CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.E
 
 M_TRIM_THRESHOLD: Final = -1  # mallopt(3), malloc.h of glibc
 M_MMAP_THRESHOLD: Final = -3
+M_ARENA_MAX: Final = -8
 KEPT_BYTES: Final = 64 << 20  # what the heap may keep for the next payloads: two sessions' requests in flight
 HEAP_PAYLOAD_MAX: Final = 32 << 20  # longer ones come from the kernel; glibc allows no more than this
 
@@ -43,10 +44,12 @@ def keep_memory() -> None:
     """Let the C library keep the memory of payloads instead of giving it back after each of them.
 
     Memory from the kernel comes page by page with a fault for each, which for a long payload takes longer
-    than reading or writing it. Other C libraries than glibc have no such switch.
+    than reading or writing it. One heap serves all threads: each of several would keep as much, and Python's
+    threads hardly ever allocate at the same time. Other C libraries than glibc have no such switch.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
         mallopt(M_MMAP_THRESHOLD, HEAP_PAYLOAD_MAX)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 

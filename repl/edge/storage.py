@@ -83,7 +83,9 @@ def open_storage(volume: VolumeConfig) -> OpenStorage | Refusal:
         loaded = attach.load(meta, data.size, where.kind, where.index, name=meta.name)
         return OpenStorage(data, meta, loaded, _is_rotational(data.fd))
     except MetadataError as error:
-        refusal = refuse(error.code, str(error))
+        what = str(error)
+        is_named = any(path and path in what for path in (volume.disk, where.path))
+        refusal = refuse(error.code, what if is_named else f"{where.path or volume.disk}: {what}")
     except OSError as error:
         refusal = refuse(118, f"{volume.disk}: {error.strerror}; look for I/O errors in the kernel log.")
     except MemoryError:

@@ -148,8 +148,8 @@ class KernelNode:
     def fio(self, *options: str, volume: int = 0) -> str:
         # Threads: fio's processes would share a part of memory that the guest's small /dev/shm must hold.
         return self.guest.run(
-            "fio", "--thread", "--verify_state_save=0", f"--filename=/dev/drbd{volume}", "--ioengine=libaio", "--direct=1", *options,
-            limit_s=300,
+            "fio", "--thread", "--verify_state_save=0", f"--filename=/dev/drbd{volume}", "--ioengine=libaio",
+            "--direct=1", *options, limit_s=300,
         ).out  # fmt: skip
 
     def log(self) -> list[str]:

@@ -73,8 +73,10 @@ class Pair:
         self.tandem.adm("create-md", "--force", RES)
 
     def start(self, options: str = "", volumes: int = 1, content: str = "different", sync: str = "") -> None:
-        """Both nodes up and connected. *sync*: "" leaves both Inconsistent; "clear" (same content)."""
-        self.prepare(options, volumes, "same" if sync == "clear" else content)
+        """Both nodes up and connected. *sync*: "" leaves both Inconsistent; "clear" skips the first sync."""
+        if sync == "clear" and content == "different":
+            content = "same"
+        self.prepare(options, volumes, content)
         self.up()
         if sync == "clear":
             for volume in range(volumes):

@@ -56,7 +56,7 @@ def pattern(pair: Pair, side: str, *places: tuple[int, int]) -> None:
 def test_writes(pair: Pair, side: str, tmp_path: Path) -> None:
     """Handshake, skipped sync, promotion, writes, flush, trim, zeroes, demotion, graceful end."""
     with recorded(pair, f"writes-{side}", tmp_path):
-        pair.start(sync="clear")
+        pair.start(content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
         pattern(pair, side, (0, 4096), (1 * MIB, MIB), (8192, 512), (64 << 10, 64 << 10))
@@ -70,7 +70,7 @@ def test_writes(pair: Pair, side: str, tmp_path: Path) -> None:
 def test_protocol_b_with_secret(pair: Pair, side: str, tmp_path: Path) -> None:
     options = 'net { protocol B; cram-hmac-alg sha1; shared-secret "abc"; data-integrity-alg crc32c; }'
     with recorded(pair, f"protocol-b-{side}", tmp_path):
-        pair.start(options, sync="clear")
+        pair.start(options, content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
         pattern(pair, side, (0, 4096), (8192, 8192))
@@ -81,7 +81,7 @@ def test_protocol_b_with_secret(pair: Pair, side: str, tmp_path: Path) -> None:
 @SIDES
 def test_bitmap_resync(pair: Pair, side: str, tmp_path: Path) -> None:
     with recorded(pair, f"resync-{side}", tmp_path):
-        pair.start(sync="clear")
+        pair.start(content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
         primary.adm("disconnect", RES)
@@ -101,7 +101,7 @@ def end_alone(pair: Pair) -> None:
 @SIDES
 def test_diskless_reads(pair: Pair, side: str, tmp_path: Path) -> None:
     with recorded(pair, f"diskless-{side}", tmp_path):
-        pair.start(sync="clear")
+        pair.start(content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
         pattern(pair, side, (0, 64 << 10))
@@ -119,7 +119,7 @@ def test_diskless_reads(pair: Pair, side: str, tmp_path: Path) -> None:
 def test_checksums(pair: Pair, side: str, tmp_path: Path) -> None:
     """csums-alg on a small resync."""
     with recorded(pair, f"checksums-{side}", tmp_path):
-        pair.start("net { csums-alg md5; }", sync="clear")
+        pair.start("net { csums-alg md5; }", content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
         pair.other(primary).adm("disconnect", RES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
-from .nodes import RES, wait_state
+from .nodes import RES, wait, wait_state
 from .pair import MIB, Pair
 
 SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
@@ -60,3 +62,102 @@ def test_full_sync_after_skipped_one(pair: Pair, side: str, commands: str) -> No
     pair.other(pair.node(side)).adm("connect", RES)
     pair.in_sync()
     assert pair.resync_counts() == [65496]
+
+
+FAULT_RS_WRITE, FAULT_RS_READ, FAULT_WRITE, FAULT_READ = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+
+
+@pytest.fixture
+def faults(pair: Pair) -> Iterator[Callable[[int], None]]:
+    """Breaks the kernel's disk: fault injection of the driver, every operation of the given kinds fails."""
+
+    def break_disk(kinds: int) -> None:
+        pair.kernel.guest.sh(
+            "cd /sys/module/drbd/parameters && echo 100 > fault_rate && echo 0 > fault_devs &&"
+            f" echo {kinds} > enable_faults"
+        )
+
+    yield break_disk
+    if pair.kernel.guest.running:
+        break_disk(0)
+
+
+def test_kernel_secondary_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
+    """A write that the kernel cannot do: it detaches, our Primary goes on, and after attach all is equal."""
+    pair.start(sync="clear")
+    pair.tandem.adm("primary", RES)
+    faults(FAULT_WRITE)
+    pair.tandem.write(3 * MIB, MIB, seed=1)
+    wait_state(pair.tandem, disk="UpToDate", pdsk="Diskless")
+    wait_state(pair.kernel, disk="Diskless")
+    pair.tandem.write(5 * MIB, MIB, seed=2)
+    faults(0)
+    pair.kernel.adm("attach", RES)
+    pair.in_sync()
+
+
+def test_kernel_primary_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
+    """The kernel Primary loses its disk under load and works on ours, without an error to its application."""
+    pair.start(sync="clear")
+    pair.kernel.adm("primary", RES)
+    pair.kernel.write(0, MIB, seed=1)
+    faults(FAULT_WRITE | FAULT_READ)
+    pair.kernel.fio(
+        "--name=failing", "--rw=randrw", "--bsrange=4k-64k", "--size=8m", "--iodepth=8", "--verify=crc32c",
+        "--verify_fatal=1", "--do_verify=1",
+    )  # fmt: skip
+    wait_state(pair.kernel, disk="Diskless", pdsk="UpToDate")
+    faults(0)
+    pair.kernel.adm("attach", RES)
+    pair.in_sync()
+
+
+def test_kernel_target_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
+    """In the middle of a resync the kernel's disk cannot write: Diskless, connected, and later whole again."""
+    pair.start("disk { resync-rate 4M; }", sync="clear")
+    pair.tandem.adm("primary", RES)
+    pair.kernel.adm("disconnect", RES)
+    wait_state(pair.tandem, cs="WFConnection")
+    pair.tandem.write(0, 12 * MIB, seed=1)
+    pair.kernel.adm("connect", RES)
+    wait_state(pair.tandem, cs="SyncSource")
+    faults(FAULT_RS_WRITE)
+    wait_state(pair.kernel, disk="Diskless")
+    wait_state(pair.tandem, cs="Connected", pdsk="Diskless")
+    faults(0)
+    pair.kernel.adm("attach", RES)
+    pair.in_sync()
+
+
+def test_kernel_source_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
+    """The kernel cannot read what we need: we stay Inconsistent, say so, and get it once it can."""
+    pair.start("disk { resync-rate 4M; }", sync="clear")
+    pair.kernel.adm("primary", RES)
+    pair.tandem.adm("disconnect", RES)
+    wait_state(pair.kernel, cs="WFConnection")
+    pair.kernel.write(0, 12 * MIB, seed=1)
+    pair.tandem.adm("connect", RES)
+    wait_state(pair.kernel, cs="SyncSource")
+    faults(FAULT_RS_READ)
+    wait_state(pair.kernel, disk="Diskless")
+    wait_state(pair.tandem, disk="Inconsistent", pdsk="Diskless")
+    faults(0)
+    pair.kernel.adm("attach", RES, check=False)
+    wait_state(pair.tandem, disk="UpToDate")
+    pair.in_sync()
+
+
+@SIDES
+def test_online_grow(pair: Pair, side: str) -> None:
+    """A device that was limited grows on both nodes while it is in use; only the new part is synced."""
+    pair.start("disk { size 32M; }", sync="clear")
+    assert pair.tandem.size() == 32 * MIB
+    node = pair.node(side)
+    node.adm("primary", RES)
+    node.write(31 * MIB, MIB, seed=1)
+    pair.configure("disk { size 48M; }")
+    node.adm("resize", RES)
+    wait(pair.tandem, lambda _: pair.tandem.size() == 48 * MIB, "48 MiB large")
+    node.write(47 * MIB, MIB, seed=2)
+    pair.in_sync()
+    assert pair.kernel.guest.sh("blockdev --getsize64 /dev/drbd0").strip() == str(48 * MIB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -36,13 +37,11 @@ class Load:
         self.thread.start()
 
     def _run(self) -> None:
-        try:
+        with contextlib.suppress(CommandFailed, OSError):  # its node dies, as it should
             self.node.fio(
                 "--name=load", "--rw=randwrite", "--bsrange=4k-64k", "--size=40m", "--io_size=10g", "--iodepth=8",
                 "--fsync=20", "--time_based", "--runtime=60",
             )  # fmt: skip
-        except (CommandFailed, OSError):
-            pass  # its node died, as it should
 
     def end(self) -> None:
         self.thread.join(90)

@@ -108,7 +108,8 @@ def test_resync_interrupted(pair: Pair, side: str) -> None:
     secondary.adm("connect", RES)
     left = 24 << 10
     for _ in range(2):
-        wait(primary, lambda s: s.cs == "SyncSource" and 0 < s.oos < left - 3072, f"below {left - 3072} KiB")
+        goal = left - 3072
+        wait(primary, lambda s, goal=goal: s.cs == "SyncSource" and 0 < s.oos < goal, f"below {goal} KiB")
         pair.kernel.guest.cut()
         wait(primary, lambda s: s.cs == "WFConnection", "alone")
         assert secondary.state().disk == "Inconsistent"

@@ -134,8 +134,8 @@ class Guest:
         argv = [
             "setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", str(KERNEL),
             f"mem={self.memory}", f"umid={self.name}{self.n_boots}", f"uml_dir={self.lab.work}",
-            "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "log_buf_len=4M", "con=null", "con0=fd:0,fd:1",
-            f"init={HERE}/guest/init", f"guest_env={settings}",
+            "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "log_buf_len=4M",
+            "con=null", "con0=fd:0,fd:1", f"init={HERE}/guest/init", f"guest_env={settings}",
         ]  # fmt: skip
         argv += [f"ubd{i}={path}" for i, path in enumerate(self.disks)]
         for i, kind in enumerate(("c", "l")):

@@ -21,6 +21,7 @@ D = DiskState
 HEAL_STEPS_MAX: Final = 60_000
 HEAL_SECONDS_MAX: Final = 900.0
 FROZEN_PATIENCE_S: Final = 60.0
+IDLE_ROUNDS_MAX: Final = 40
 
 # ---------------------------------------------------------------------------------------- the start
 
@@ -141,7 +142,13 @@ def _may_promote(world: World, node: Node) -> bool:
     if node.state().conn >= C.CONNECTED:
         # A peer without a disk cannot tell what its disk knows.
         volumes = range(world.mix.n_volumes)
-        return all(node.state(v).pdsk >= D.INCONSISTENT or not behind(world, node, v) for v in volumes)
+        for v in volumes:
+            s = node.state(v)
+            if s.pdsk < D.INCONSISTENT and behind(world, node, v):
+                return False
+            if s.disk < D.INCONSISTENT and behind(world, world.peer_of(node), v):
+                return False
+        return True
     if any(node.state(v).disk not in (D.UP_TO_DATE, D.CONSISTENT) for v in range(world.mix.n_volumes)):
         return False
     if world.mix.risky or world.mix.fencing is not Fencing.DONT_CARE:
@@ -205,7 +212,7 @@ class Healer:
                 pipe.silent = False
         world.mix = replace(world.mix, chunk=False, early=False, tick=0.05, reconnect=4.0)
         limit = HEAL_SECONDS_MAX + world.mix.size / (100 << 10)
-        start = world.n_steps
+        start, n_idle = world.n_steps, 0
         while not self._healed():
             if world.n_steps - start > HEAL_STEPS_MAX or world.now - self.since > limit:
                 world.fail(
@@ -213,7 +220,8 @@ class Healer:
                     f"not healed after {world.now - self.since:.0f} s, {world.n_steps - start} steps",
                 )
             self._operate()
-            if not world.step():
+            n_idle = 0 if world.step() else n_idle + 1
+            if n_idle > IDLE_ROUNDS_MAX:  # a few, because the operator may have just acted
                 world.fail("liveness", "nothing can happen any more, and the nodes do not agree")
         world.checks.check_agreement()
         world.checks.check_end()
@@ -342,6 +350,9 @@ class Healer:
 
     def _force(self, node: Node) -> None:
         self.w.split_possible = True
+        if node.primary:
+            close_clients(node)
+            return
         for ledger in self.w.ledgers:
             for copy in ledger.copies:
                 copy.discarded = True

@@ -379,7 +379,7 @@ class Checks:
         for holder in nodes:
             read = self.reader(holder, volume, durable=True)
             for s, write in ask.point[holder.index].items():
-                if holder is not node and vol.bitmap.any(s >> 3, (s >> 3) + 1):
+                if holder is not node and vol.bitmap.n_bits and vol.bitmap.any(s >> 3, (s >> 3) + 1):
                     continue  # this block is out of the mirror, and marked
                 content = read(s)
                 versions = ledger.copies[holder.index].stable.get(s, INITIAL)

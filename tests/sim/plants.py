@@ -19,9 +19,9 @@ from tandem.repl.engine import Engine
 from tandem.repl.intervals import Intervals, Lock
 from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
-from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
 from tandem.repl.replica import Replica
 from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
+from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
 

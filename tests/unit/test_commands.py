@@ -158,6 +158,13 @@ def test_a_diskless_primary_can_not_resize() -> None:
     refused(lone, 138, "resize")
 
 
+def test_down_of_an_open_device_changes_no_volume() -> None:
+    lone = Lone(n_volumes=2).ready()
+    lone.handle(Opened(1, 1))
+    answer = refused(lone, -12, "down")
+    assert answer.info == ("failed to demote",)
+
+
 def test_pausing_twice_is_refused() -> None:
     lone = primary()
     assert lone.run("pause-sync") == "done"
@@ -433,6 +440,7 @@ def test_a_failure_of_an_earlier_attach_does_not_end_this_one() -> None:
     lone.handle(AttachFailed(old, 0, Refusal(104, "Can not open backing device.")))
     ticket = lone.command("attach")
     lone.handle(AttachFailed(old, 0, Refusal(104, "Can not open backing device.")))
+    lone.handle(Attached(old, 0, lone.loaded(generations=(0x777, 0, 0, 0))))
     assert lone.local_disk() == D.ATTACHING and lone.answered(ticket) is None
     lone.handle(Attached(lone.of(Attach)[-1].ticket, 0, lone.loaded(flags=IN_SYNC)))
     lone.settle()

@@ -64,6 +64,7 @@ def test_a_peer_that_talks_while_it_owes_a_ping_ack_lives() -> None:
     for i in range(8):
         lone.at(begun + 10.1 + i * 0.4)
         lone.data(packet(P.UNPLUG_REMOTE))
+        lone.engine.tick(lone.now)  # woken for something else
     assert lone.conn() == ConnState.CONNECTED and pings(lone) == 1
     lone.at(begun + 10.1 + 2.8 + 0.5)
     assert lone.conn() == ConnState.WF_CONNECTION

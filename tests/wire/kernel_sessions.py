@@ -125,11 +125,13 @@ def decode(seen: Seen) -> str:
         assert wire.pack_ack(seen.cmd, seen.volume, *wire.unpack_ack(payload)) == seen.raw
     elif seen.cmd in READS:
         sector, block_id, size = wire.unpack_block_req(payload[:24])
-        assert wire.pack_block_req(seen.cmd, seen.volume, sector, block_id, size)[HEADER : HEADER + 20] == payload[:20]
+        again = wire.pack_block_req(seen.cmd, seen.volume, sector, block_id, size)
+        assert again[HEADER : HEADER + 20] == payload[:20], "the kernel leaves the pad behind them as it was"
     elif seen.cmd in WITH_DATA:
         sector, block_id, seq, flags = wire.unpack_data(payload)
         length = len(payload) - 24
-        assert wire.pack_data(seen.cmd, seen.volume, sector, block_id, seq, flags, length, b"") == seen.raw[: HEADER + 24]
+        again = wire.pack_data(seen.cmd, seen.volume, sector, block_id, seq, flags, length, b"")
+        assert again == seen.raw[: HEADER + 24]
         assert length % 512 in (0, 4, 16, 20), "sectors, and the digest where one is agreed"
     elif seen.cmd in (Packet.OUT_OF_SYNC, Packet.RS_DEALLOCATED):
         wire.unpack_block_desc(payload)
