@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test sim bench lint docs clean programs
+.PHONY: help demo test lab sim bench lint docs clean programs
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed  ## Two mirrored nodes to play with; STORY=1 plays a fa
 test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, unit tests, simulator, real programs.
 	$(BIN)/python -m pytest
 
+lab: $(VENV)/.installed-test  ## Against the kernel's own DRBD in small virtual machines; needs root and some minutes.
+	@tests/debian-packages.sh tests/lab/debian-packages.txt
+	$(BIN)/python -m pytest tests/lab
+
 sim: $(VENV)/.installed-test  ## Random runs of the simulator: N= how many, SEED= replays one.
 	@$(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N))
 
@@ -30,7 +34,8 @@ bench: $(VENV)/.installed-test programs  ## Side by side with nbdkit; QUICK=1 ta
 lint: $(VENV)/.installed-test  ## ruff, mypy --strict and the rules of the house.
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
-	$(BIN)/mypy --strict tests benchmarks
+	$(BIN)/mypy --strict tests
+	cd benchmarks && ../$(BIN)/mypy --strict --config-file ../pyproject.toml *.py
 	$(BIN)/python -m pytest --quiet tests/unit/test_tidy.py
 
 docs: $(VENV)/.installed-test  ## Write the tables in docs/ again from the code.

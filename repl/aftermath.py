@@ -147,6 +147,8 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
     resync = e.resync
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and (vol.target or vol.source):
         resync.aborted(vol)
+    if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and vol.verify:
+        e.verify.aborted(vol)
     if new.conn < C.CONNECTED:
         vol.consider_resync = False
         vol.pending_sync_uuid = None
@@ -159,6 +161,10 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
             e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]
         case C.STARTING_SYNC_T:
             e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]
+        case C.VERIFY_S:
+            e.verify.begin(vol, *vol.verify_range)
+        case C.VERIFY_T:
+            e.verify.begin(vol)
         case C.WF_SYNC_UUID:
             if vol.pending_sync_uuid is not None:
                 sync_uuid, vol.pending_sync_uuid = vol.pending_sync_uuid, None

@@ -436,11 +436,13 @@ class Commands:
         yield self._durable(vol)
 
     def _verify(self, command: Command) -> Story:
-        return Refusal(
-            -14, "Need a verify algorithm to start online verify",
-            "Online verify is not there yet; compare the disks with 'cmp' after detaching both",
-        )  # fmt: skip
-        yield
+        start, stop = int(command.args.get("start", 0)), int(command.args.get("stop", 0))
+        for vol in self._volumes(command):
+            vol.verify_range = (start, stop)
+            refused = self._refuse((yield from self._ask(vol, conn=ConnState.VERIFY_S)))
+            if refused:
+                return refused
+        return None
 
     # ------------------------------------------------------------------------------ down
 

@@ -54,6 +54,7 @@ from .resync import Resync
 from .states import ConnState, DiskState, Role, State, describe_change
 from .transfer_log import TransferLog
 from .transition import Facts, change
+from .verify import Verify
 from .volume import Volume
 from .wire import pack_ack
 
@@ -95,6 +96,7 @@ class Engine:
         self.mirror = Mirror(self)
         self.replica = Replica(self)
         self.resync = Resync(self)
+        self.verify = Verify(self)
         self.link = Link(self)
         self.peer = Peer(self)
         self.liveness = Liveness(self)
@@ -232,6 +234,7 @@ class Engine:
         self.log.tick(now)
         self.replica.tick()
         self.resync.tick(now)
+        self.verify.tick(now)
         self.liveness.tick(now)
         due = [t for t in self._timers if t[0] <= now]
         if due:
@@ -244,6 +247,7 @@ class Engine:
         """When `tick` is wanted next; None: only after something else happens."""
         times = [
             self.log.barrier_at, self.replica.deadline(), self.resync.deadline(), self.liveness.deadline(),
+            self.verify.deadline(),
             self._connect_at if not self._connect_blocked() else None,
             *(t[0] for t in self._timers),
         ]  # fmt: skip
@@ -349,7 +353,7 @@ class Engine:
             fencing=vol.config.disk_options.fencing,
             two_primaries=self.config.net.allow_two_primaries,
             is_open=vol.open_count > 0,
-            verify_alg=False,  # online verify is refused to the operator and to the peer: nothing serves it yet
+            verify_alg=bool(self.config.net.verify_alg),
             apv=self.link.apv,
             peer_primary_elsewhere=any(
                 v.state.peer == Role.PRIMARY for v in self.volumes.values() if v is not vol

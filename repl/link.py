@@ -357,6 +357,8 @@ class Link:
             Packet.RS_DATA_REQUEST: self._rs_request(False),
             Packet.RS_THIN_REQ: self._rs_request(True),
             Packet.CSUM_RS_REQUEST: self._csum_request,
+            Packet.OV_REQUEST: self._verify_request,
+            Packet.OV_REPLY: self._verify_reply,
             Packet.PROTOCOL: self._protocol,
             Packet.PROTOCOL_UPDATE: None,
             Packet.SYNC_PARAM89: self._sync_param,
@@ -443,6 +445,15 @@ class Link:
         sector, block_id, size = unpack_block_req(payload)
         self._check_request(vol, sector, size)
         self.e.resync.serve(vol, sector, block_id, size, bytes(payload[24:]), False)
+
+    def _verify_request(self, vol: Volume, payload: memoryview) -> None:
+        sector, block_id, size = unpack_block_req(payload)
+        self._check_request(vol, sector, size)
+        self.e.verify.requested(vol, sector, block_id, size)
+
+    def _verify_reply(self, vol: Volume, payload: memoryview) -> None:
+        sector, _, size = unpack_block_req(payload)
+        self.e.verify.replied(vol, sector, size, bytes(payload[24:]))
 
     def _out_of_sync(self, vol: Volume, payload: memoryview) -> None:
         sector, size = unpack_block_desc(payload)
@@ -540,11 +551,14 @@ class Link:
         if cmd == Packet.NEG_DREPLY:
             e.mirror.read_refused(vol, block_id)
         elif cmd == Packet.NEG_RS_DREPLY:
+            e.verify.refused(vol, sector)
             e.resync.request_answered(vol, sector, failed=True)
         elif cmd == Packet.RS_CANCEL:
             e.resync.request_answered(vol, sector, failed=False)
         elif cmd == Packet.RS_IS_IN_SYNC:
             e.resync.request_answered(vol, sector, failed=False, in_sync=True)
+        elif cmd == Packet.OV_RESULT:
+            e.verify.result(vol, sector, size, block_id)
         elif block_id == ID_SYNCER:
             if cmd == Packet.RS_WRITE_ACK:
                 e.resync.block_acked(vol, sector, size)
@@ -579,6 +593,6 @@ _CONNECTION_WIDE: Final = frozenset(
 _ACKS: Final = frozenset(
     (
         Packet.RECV_ACK, Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.SUPERSEDED, Packet.NEG_ACK,
-        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL, Packet.RETRY_WRITE,
+        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL, Packet.RETRY_WRITE,
     )
 )  # fmt: skip

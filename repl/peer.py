@@ -225,6 +225,12 @@ class Peer:
         ):  # fmt: skip
             self.e.resync.peer_finished(vol)
             return True
+        if (
+            s.conn == ConnState.VERIFY_T and s.disk == DiskState.UP_TO_DATE
+            and ps.conn == ConnState.CONNECTED and peer_disk == DiskState.UP_TO_DATE
+        ):  # fmt: skip
+            self.e.verify.peer_finished(vol)
+            return True
         return False
 
     def _must_decide(self, vol: Volume, ps: State, peer_disk: DiskState) -> bool:

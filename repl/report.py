@@ -129,7 +129,9 @@ def _peer_volume(e: Engine, v: Volume) -> PeerVolumeStatus:
     ]
     sync = _progress(e, v) if v.syncing and v.rs_total else None
     done = None
-    if v.syncing and v.bitmap.n_bits:
+    if v.verify is not None:
+        done = 100.0 * (1 - v.verify.left / max(v.verify.total, 1))
+    elif v.syncing and v.bitmap.n_bits:
         done = 100.0 * (1 - v.bitmap.weight / v.bitmap.n_bits)
     return PeerVolumeStatus(
         number=v.number,
@@ -147,7 +149,7 @@ def _peer_volume(e: Engine, v: Volume) -> PeerVolumeStatus:
 
 
 def _progress(e: Engine, v: Volume) -> SyncProgress:
-    left = v.bitmap.weight
+    left = v.bits_left
     paused = v.rs_paused_s + (e.now - v.rs_paused_at if v.rs_paused_at is not None else 0.0)
     elapsed = max(e.now - v.rs_started - paused, 1e-3)
     average = max(v.rs_total - left, 0) * 4096 / elapsed
@@ -165,4 +167,5 @@ def _progress(e: Engine, v: Volume) -> SyncProgress:
         rate=rate,
         average=average,
         eta_s=left * 4096 / rate if rate > 0 else None,
+        position=None if v.verify is None else v.verify.cursor * 4096,
     )

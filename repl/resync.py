@@ -592,7 +592,7 @@ class Resync:
             if not vol.syncing:
                 continue
             if not vol.rs_marks or now >= vol.rs_marks[-1][0] + MARK_S:
-                vol.rs_marks.append((now, vol.bitmap.weight))
+                vol.rs_marks.append((now, vol.bits_left))
             run = vol.target or vol.source
             if run is not None and now >= run.next_persist and vol.meta is not None and vol.meta.idle:
                 run.next_persist = now + PERSIST_S

@@ -23,6 +23,7 @@ from .uuids import UuidSet, md_flags
 if TYPE_CHECKING:
     from .meta_writer import MetaWriter
     from .resync import SourceRun, TargetRun
+    from .verify import VerifyRun
 
 
 class Volume:
@@ -96,6 +97,8 @@ class Volume:
         # resync
         self.target: TargetRun | None = None
         self.source: SourceRun | None = None
+        self.verify: VerifyRun | None = None
+        self.verify_range = (0, 0)  # sectors an operator's verify begins and stops at; 0: the end
         self.rs_failed = 0  # bits
         self.rs_total = 0  # bits
         self.rs_started = 0.0
@@ -138,6 +141,11 @@ class Volume:
     def syncing(self) -> bool:
         """In SyncSource … PausedSyncT: writes may clear bits on both sides."""
         return ConnState.SYNC_SOURCE <= self.state.conn <= ConnState.PAUSED_SYNC_T
+
+    @property
+    def bits_left(self) -> int:
+        """How many blocks the running resync or verify still has before it."""
+        return self.bitmap.weight if self.verify is None else self.verify.left
 
     @property
     def attached(self) -> bool:

@@ -1,10 +1,9 @@
 #!/bin/bash
-# Sees to it that the packages in debian-packages.txt are installed: root installs what is missing, anybody
-# else is told the one line that does.
+# Sees to it that the packages of a list are installed (debian-packages.txt, and those that are named): root
+# installs what is missing, anybody else is told the one line that does.
 set -eu -o pipefail
 
-list=$(dirname "$0")/debian-packages.txt
-mapfile -t wanted < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$list")
+mapfile -t wanted < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$(dirname "$0")/debian-packages.txt" "$@")
 
 if ! command -v dpkg-query > /dev/null; then
     echo "This is no Debian: install the equivalents of these packages yourself: ${wanted[*]}" >&2

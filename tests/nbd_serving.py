@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,6 +17,7 @@ from tandem.nbd.server import Server
 from tests.nbd_volume import RamVolume
 from tests.nbd_wire import (
     EXTENDED,
+    FLUSH,
     GREETING,
     SIMPLE,
     STRUCTURED,
@@ -24,10 +26,13 @@ from tests.nbd_wire import (
     info_data,
     option,
     option_replies,
+    request,
 )
 
 T = TypeVar("T")
 PATIENCE_S = 30  # a test that waits longer has failed
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 64 * MIB  # of the volume in most tests
 
 
 class Serving:
@@ -156,3 +161,17 @@ def receive_all(sock: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return bytes(got)
+
+
+def still_serves(serving: Serving) -> None:
+    """A new client gets an answer."""
+    with serving.client() as raw:
+        raw.sock.sendall(request(STRUCTURED, FLUSH, 1))
+        assert raw.answers(1)[0].error == 0
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    """What an outside program prints, which must end well."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S * 2, cwd=cwd)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout

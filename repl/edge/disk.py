@@ -2,8 +2,9 @@
 
 Decides, alone in the program, what may run on the loop and what goes to a worker thread: buffered reads
 and writes run inline as long as that is quick, because for them a hand-over costs more than the call;
-everything that waits for stable storage by its nature goes to a worker. Adjacent operations of a batch
-become one system call. It relies on the machine never having overlapping writes in flight.
+everything that waits for stable storage by its nature goes to a worker, or to the kernel. Adjacent
+operations of a batch become one system call. It relies on the machine never having overlapping writes in
+flight.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class OpenStorage:
 
     data: FileStore
     meta: FileStore
-    loaded: LoadedDisk
+    loaded: LoadedDisk | None  # until the machine has it: its bitmap may be large
     rotational: bool
 
     def close(self) -> None:
@@ -201,7 +201,9 @@ class Storage:
             )
             self._open[number] = found
             self._disk.add(number, opened)
-            self._report(Attached(ticket, number, found.loaded))
+            loaded, found.loaded = found.loaded, None  # from here on the machine's, which forgets it at detach
+            assert loaded is not None
+            self._report(Attached(ticket, number, loaded))
 
     def _close(self, number: int, storage: OpenStorage) -> None:
         """In the worker, because closing a device may write back what it holds."""

@@ -216,7 +216,7 @@ def test_a_reader_that_does_not_read_gets_the_last_state_in_the_end(
         for score in range(changes):
             daemon.now = replace(STATUS, promotion_score=score)
             server.publish(daemon.now)
-        scores = []
+        scores: list[int] = []
         while not scores or scores[-1] != changes - 1:
             following = client.next_status(10)
             assert following is not None, f"nothing came after {scores[-1:]}"

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tandem.repl.activity_log import initialised_block
@@ -54,7 +55,7 @@ def here(tmp_path: Path) -> Path:
         ("indexed", 128 * MIB, {}),
     ],
 )
-def test_create_md_gives_the_same_bytes(here: Path, kind: str, size: int, options: dict[str, int]) -> None:
+def test_create_md_gives_the_same_bytes(here: Path, kind: str, size: int, options: dict[str, Any]) -> None:
     # The old superblock of another kind or place is no concern of create-md: both start from zeros.
     theirs, mine = disk(here / "theirs", size), disk(here / "mine", size)
     names = {"al_stripes": "--al-stripes", "al_stripe_size_kb": "--al-stripe-size-kB"}
@@ -89,7 +90,7 @@ def test_create_md_in_place_of_rubbish_gives_the_same_metadata(here: Path) -> No
     ],
 )
 def test_create_md_refuses_alike(
-    here: Path, size: int, arguments: tuple[str, ...], options: dict[str, int]
+    here: Path, size: int, arguments: tuple[str, ...], options: dict[str, Any]
 ) -> None:
     path = disk(here / "disk", size)
     expected = drbdmeta(path, "create-md", *arguments)

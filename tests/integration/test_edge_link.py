@@ -10,7 +10,7 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 
 import uvloop
@@ -91,6 +91,15 @@ class Node:
         await self.until(found)
         return found()[0]
 
+    async def heard(self, data: bytes = b"", meta: bytes = b"") -> None:
+        await self.until(lambda: (self.data, self.meta) == (data, meta))
+
+    async def lost(self) -> LinkLost:
+        await self.until(lambda: isinstance(self.events[-1], LinkLost))
+        lost = self.events[-1]
+        assert isinstance(lost, LinkLost)
+        return lost
+
 
 def pair_of_configs(net: NetOptions = NET) -> tuple[ResourceConfig, ResourceConfig]:
     a, b = Endpoint("ipv4", "127.0.0.1", free_port()), Endpoint("ipv4", "127.0.0.2", free_port("127.0.0.2"))
@@ -98,7 +107,7 @@ def pair_of_configs(net: NetOptions = NET) -> tuple[ResourceConfig, ResourceConf
     return one, replace(one, node="two", peer="one", address=b, peer_address=a)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
+def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
     uvloop.run(test())
 
 
@@ -118,8 +127,8 @@ def test_two_nodes_find_each_other_and_exactly_one_is_the_resolver() -> None:
             assert (await one.up(1)).resolver is not (await two.up(2)).resolver
             one.link.send_data([b"to ", b"two"])
             two.link.send_meta([b"to one"])
-            await two.until(lambda two=two: two.data == b"to two")
-            await one.until(lambda one=one: one.meta == b"to one")
+            await two.heard(data=b"to two")
+            await one.heard(meta=b"to one")
             await one.link.stop()
             await two.link.stop()
 
@@ -328,9 +337,7 @@ def test_the_end_of_either_socket_is_one_loss_after_everything_was_heard() -> No
             data_sock.send(b"last data")
             meta_sock.send(b"last meta")
             (meta_sock if meta else data_sock).close()
-            await node.until(lambda node=node: isinstance(node.events[-1], LinkLost))
-            lost = node.events[-1]
-            assert isinstance(lost, LinkLost)
+            lost = await node.lost()
             assert (lost.ticket, lost.meta) == (1, meta) and "closed" in lost.why
             assert (node.data, node.meta) == (b"last data", b"last meta")
             assert len(node.events) == 2

@@ -121,6 +121,12 @@ class Node:
         if self.mistakes:
             raise self.mistakes[0]
 
+    async def connected(self) -> None:
+        await self.until(lambda: self.cstate == "Connected")
+
+    async def in_sync(self) -> None:
+        await self.until(lambda: self.disks == ("UpToDate", "UpToDate") and self.cstate == "Connected")
+
     @property
     def disks(self) -> tuple[str, str]:
         status = self.runtime.status()
@@ -157,13 +163,11 @@ class Pair:
 
     async def connected(self) -> None:
         for node in (self.a, self.b):
-            await node.until(lambda node=node: node.cstate == "Connected")
+            await node.connected()
 
     async def in_sync(self) -> None:
         for node in (self.a, self.b):
-            await node.until(
-                lambda node=node: node.disks == ("UpToDate", "UpToDate") and node.cstate == "Connected"
-            )
+            await node.in_sync()
 
     async def primary(self) -> None:
         await self.a.ok("primary", force=True)

@@ -14,6 +14,7 @@ from tandem.repl.config import MetaDisk, VolumeConfig
 from tandem.repl.edge.disk import Disk
 from tandem.repl.edge.storage import SENTENCES, Storage
 from tandem.repl.edge.store import FileStore
+from tandem.repl.errors import MetadataError
 from tandem.repl.events import Attached, AttachFailed, DeviceGrown, Event
 from tandem.repl.metadata import Superblock, layout
 from tandem.repl.requests import META, DiskOp, Op
@@ -81,7 +82,7 @@ def run(test: Callable[[Bench], Awaitable[None]]) -> None:
 def is_claimed(path: Path) -> bool:
     try:
         FileStore(str(path)).close()
-    except attach.MetadataError as error:
+    except MetadataError as error:
         assert error.code == 114
         return True
     return False

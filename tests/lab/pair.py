@@ -63,7 +63,8 @@ class Pair:
         with contextlib.suppress(FileNotFoundError):
             self.tandem.log_file.unlink()
         for volume in range(volumes):
-            for seed, node in enumerate((self.kernel, self.tandem)):
+            nodes: tuple[Node, Node] = (self.kernel, self.tandem)
+            for seed, node in enumerate(nodes):
                 seed = 0 if content == "same" else seed + 1
                 fill(node.disk_file(volume), None if content == "zero" else seed + 10 * volume)
         self.kernel.guest.sh(

@@ -39,10 +39,50 @@ def test_thin_resync(pair: Pair, side: str) -> None:
     pair.in_sync()
 
 
-def test_verify_is_refused(pair: Pair) -> None:
-    """We have no online verify yet: the kernel is told so, and the connection stays."""
+@SIDES
+@pytest.mark.parametrize("primary", ["kernel", "tandem"])
+@pytest.mark.parametrize("algorithm", ["crc32c", "md5"])
+def test_online_verify(pair: Pair, side: str, primary: str, algorithm: str) -> None:
+    """Differences planted behind DRBD's back are found from either side, marked, and resynced afterwards."""
+    pair.start(f"net {{ verify-alg {algorithm}; }}", sync="clear")
+    node = pair.node(side)
+    pair.node(primary).adm("primary", RES)
+    with pair.tandem.disk_file().open("r+b") as file:
+        for offset, length in ((9 * MIB, 8192), (40 * MIB + 512, 1), (65495 << 10, 1024)):
+            file.seek(offset)
+            file.write(b"x" * length)
+    node.adm("verify", RES)
+    pair.node(primary).write(20 * MIB, 4 * MIB, seed=1)
+    wait_state(node, cs="Connected")
+    for one in (node, pair.other(node)):
+        wait(one, lambda s: s.cs == "Connected" and s.oos == 16, "Connected with 16 KiB out of sync")
+    secondary = pair.other(pair.node(primary))
+    secondary.adm("disconnect", RES)
+    secondary.adm("connect", RES)
+    pair.in_sync()
+
+
+@SIDES
+def test_verify_part(pair: Pair, side: str) -> None:
+    """With start and stop only what lies between is looked at."""
     pair.start("net { verify-alg crc32c; }", sync="clear")
-    assert pair.kernel.adm("verify", RES, check=False).rc == 11
+    with pair.tandem.disk_file().open("r+b") as file:
+        for offset in (MIB, 20 * MIB, 50 * MIB):
+            file.seek(offset)
+            file.write(b"x")
+    node = pair.node(side)
+    first, stop = 10 * MIB // 512, 30 * MIB // 512
+    node.adm("verify", f"--start={first}", f"--stop={stop}", RES)
+    for one in (node, pair.other(node)):
+        wait(one, lambda s: s.cs == "Connected" and s.oos == 4, "Connected with 4 KiB out of sync")
+    pair.node("kernel").adm("primary", RES)
+    pair.tandem.adm("invalidate", RES)
+    pair.in_sync()
+
+
+def test_verify_without_algorithm(pair: Pair) -> None:
+    pair.start(sync="clear")
+    assert pair.kernel.adm("verify", RES, check=False).rc != 0
     assert pair.tandem.adm("verify", RES, check=False).rc == 11
     pair.in_sync()
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
-from .nodes import RES, wait, wait_state
+from .nodes import RES, State, wait, wait_state
 from .pair import MIB, Pair
 
 SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
 WHO = pytest.mark.parametrize("who", ["primary", "secondary"])
+
+
+def source_below(n_kib: int) -> Callable[[State], bool]:
+    """A resync that still runs, with less than *n_kib* left."""
+    return lambda state: state.cs == "SyncSource" and 0 < state.oos < n_kib
 
 
 @SIDES
@@ -109,7 +115,7 @@ def test_resync_interrupted(pair: Pair, side: str) -> None:
     left = 24 << 10
     for _ in range(2):
         goal = left - 3072
-        wait(primary, lambda s, goal=goal: s.cs == "SyncSource" and 0 < s.oos < goal, f"below {goal} KiB")
+        wait(primary, source_below(goal), f"below {goal} KiB")
         pair.kernel.guest.cut()
         wait(primary, lambda s: s.cs == "WFConnection", "alone")
         assert secondary.state().disk == "Inconsistent"

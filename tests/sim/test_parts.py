@@ -206,7 +206,8 @@ def sectors_of(payload: bytes, first: int) -> dict[int, bytes]:
 
 
 def test_an_answered_write_must_be_there_an_open_one_may() -> None:
-    ledger, disk = Ledger(0), {}
+    ledger = Ledger(0)
+    disk: dict[int, bytes] = {}
     w1 = ledger.new_write(0, 0, 1024)
     assert ledger.misfits(0, reader(disk)) == []
     disk |= sectors_of(w1.payload(), 0)

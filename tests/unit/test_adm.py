@@ -11,7 +11,7 @@ import pytest
 from tandem.repl.errors import Refusal
 from tandem.tools import adm
 from tandem.tools.adm_hints import HINTS, hint
-from tandem.tools.adm_session import Session, Target
+from tandem.tools.adm_session import General, Session, Target
 from tandem.tools.adm_verbs import VERBS
 
 CONFIG = """\
@@ -192,8 +192,8 @@ def test_all_means_every_resource_of_this_host_once(tool: Adm) -> None:
     assert Session(_general(tool)).targets(("all", "r1")) == [Target("r0"), Target("r1")]
 
 
-def _general(tool: Adm) -> adm.General:
-    return adm.General(config_file=str(tool.file), node="alpha", run_dir=str(tool.file.parent / "run"))
+def _general(tool: Adm) -> General:
+    return General(config_file=str(tool.file), node="alpha", run_dir=str(tool.file.parent / "run"))
 
 
 # --------------------------------------------------------------------------------------- no daemon

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tandem.repl.config import AfterSb, Endpoint, Fencing, MetaDisk
+from tandem.repl.config import AfterSb, Endpoint, Fencing, MetaDisk, ResourceConfig
 from tandem.tools import conf
 from tandem.tools.conf import ConfigError, check, default_config, default_node, load
 
@@ -302,7 +302,7 @@ def test_inheritance(tmp_path: Path) -> None:
     assert (a.startup.wfc_timeout, a.startup.degr_wfc_timeout) == (3, 2)
     assert a.handlers == {"split-brain": "own", "fence-peer": "common"}
 
-    def disk(config: conf.ResourceConfig, number: int) -> tuple[int, int, int, bool]:
+    def disk(config: ResourceConfig, number: int) -> tuple[int, int, int, bool]:
         options = config.volumes[number].disk_options
         return options.resync_rate, options.c_plan_ahead, options.al_extents, options.md_flushes
 

@@ -387,11 +387,13 @@ def two_sides(draw: st.DrawFn) -> tuple[DecisionFacts, DecisionFacts]:
     """The same meeting, as seen from both nodes."""
     own, peer = draw(st.sampled_from(RELATED))
     flip = st.booleans()
-    c = CompareFacts(*(draw(flip) for _ in range(6)), apv=draw(st.sampled_from([90, 101])))
-    policies = [draw(st.sampled_from(AfterSb)) for _ in range(3)]
+    c = CompareFacts(
+        draw(flip), draw(flip), draw(flip), draw(flip), draw(flip), draw(flip), draw(st.sampled_from([90, 101]))
+    )
+    policy = st.sampled_from(AfterSb)
     here = DecisionFacts(
         own, peer, c, draw(ATTACHED), draw(ATTACHED), draw(BITS), draw(BITS), draw(flip), draw(flip), False,
-        False, *policies, always_asbp=draw(flip), rr_conflict="violently",
+        False, draw(policy), draw(policy), draw(policy), always_asbp=draw(flip), rr_conflict="violently",
     )  # fmt: skip
     mirrored = CompareFacts(
         c.peer_primary, c.own_primary, c.peer_crashed, c.own_crashed, not c.resolver, c.wsame, c.apv
@@ -399,7 +401,7 @@ def two_sides(draw: st.DrawFn) -> tuple[DecisionFacts, DecisionFacts]:
     there = replace(
         here, own=peer, peer=own, compare=mirrored, my_disk=here.peer_disk, peer_disk=here.my_disk,
         own_bits=here.peer_bits, peer_bits=here.own_bits, own_discard=here.peer_discard,
-        peer_discard=here.own_discard, after_sb_0pri=SEEN_BY_PEER.get(policies[0], policies[0]),
+        peer_discard=here.own_discard, after_sb_0pri=SEEN_BY_PEER.get(here.after_sb_0pri, here.after_sb_0pri),
     )  # fmt: skip
     return here, there
 

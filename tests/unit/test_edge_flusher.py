@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from tandem.repl.edge import flusher as flusher_module
 from tandem.repl.edge.blockio import Device
 from tandem.repl.edge.disk import Disk, OpenVolume
 from tandem.repl.edge.flusher import INFLIGHT_MAX, Flusher
@@ -96,7 +95,7 @@ def test_a_disk_flushes_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     if not by_kernel:
-        monkeypatch.setattr(flusher_module.platform, "machine", lambda: "pdp11")
+        monkeypatch.setattr("platform.machine", lambda: "pdp11")
 
     async def main() -> None:
         done: list[DiskOp] = []

@@ -67,7 +67,7 @@ class Script:
         assert not self.mistake, "told to make a mistake"
         self.n_batches += 1
         for request in batch:
-            (self.out.disk if request.op == Op.WRITE else self.out.done).append(request)  # type: ignore[arg-type]
+            (self.out.disk if request.op == Op.WRITE else self.out.done).append(request)
 
     def disk_done(self, ops: list[DiskOp]) -> None:
         self.out.done += [op for op in ops if isinstance(op, Request)]
@@ -426,10 +426,10 @@ def test_a_pause_ends_once_for_everybody_who_waits(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-def test_a_slow_disk_pauses_clients_and_the_peer(tmp_path: Path) -> None:
+def test_a_slow_disk_pauses_clients_and_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         held: list[bool] = []
-        bench.runtime.link.hold = held.append  # type: ignore[method-assign]
+        monkeypatch.setattr(bench.runtime.link, "hold", held.append)
         volume = bench.runtime.volume(0)
         bench.runtime.disk.backlog += 65 << 20
         await bench.runtime.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tandem.repl.errors import MetadataError
@@ -230,8 +231,9 @@ def test_geometry_must_be_that_of_the_device(field: str, value: int, sentence: s
     where = layout("internal", 256 * MIB, 256 * MIB)
     good = Superblock.unpack(used())
     good.check(where)
+    changes: dict[str, Any] = {field: value}
     with pytest.raises(MetadataError) as caught:
-        replace(good, **{field: value}).check(where)
+        replace(good, **changes).check(where)
     assert str(caught.value) == sentence and caught.value.code == 119
 
 

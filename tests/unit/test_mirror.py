@@ -137,8 +137,21 @@ def test_frozen_requests_wait_and_start_when_thawed() -> None:
 # ----------------------------------------------------------------------------------------------- epochs
 
 
-def test_an_epoch_ends_when_one_of_its_writes_is_answered() -> None:
+def test_towards_our_own_kind_an_epoch_ends_by_the_clock() -> None:
+    """It is sent every flush, so it needs no barrier to keep what depends on each other in order."""
     lone = Lone().ready()
+    first = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(lone.ack(first))
+    lone.submit(Op.WRITE, 8192)
+    assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.DATA]
+    lone.at(lone.now + transfer_log.BARRIER_DELAY_S)
+    lone.submit(Op.WRITE, 16384)
+    assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.DATA, P.BARRIER, P.DATA]
+
+
+def test_towards_a_kernel_an_epoch_ends_when_one_of_its_writes_is_answered() -> None:
+    lone = Lone().ready(ours=False)
     first, second = lone.submit(Op.WRITE), lone.submit(Op.WRITE, 8192)
     lone.settle()
     lone.meta(lone.ack(first))

@@ -60,8 +60,8 @@ class Driven:
     reads, the writes it takes, and the rest. The slow engine is told the order that the fast one chose.
     """
 
-    def __init__(self, slow: bool, max_epoch_size: int) -> None:
-        self.lone = Lone(net={"max_epoch_size": max_epoch_size}).ready()
+    def __init__(self, slow: bool, max_epoch_size: int, ours: bool) -> None:
+        self.lone = Lone(net={"max_epoch_size": max_epoch_size}).ready(ours=ours)
         self.order: list[int] = []  # of the last batch
         self.requests: list[Request] = []
         m = self.lone.engine.mirror
@@ -120,10 +120,12 @@ class Driven:
         return image(lone, self.requests)
 
 
-@given(steps, st.sampled_from((3, 2048)))
+@given(steps, st.sampled_from((3, 2048)), st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_the_short_path_does_what_the_long_path_does(story: list[Step], max_epoch_size: int) -> None:
-    fast, slow = Driven(False, max_epoch_size), Driven(True, max_epoch_size)
+def test_the_short_path_does_what_the_long_path_does(
+    story: list[Step], max_epoch_size: int, ours: bool
+) -> None:
+    fast, slow = Driven(False, max_epoch_size, ours), Driven(True, max_epoch_size, ours)
     for kind, batch in story:
         assert fast.step(kind, batch) == slow.step(kind, batch, fast.order), (kind, batch)
 

@@ -12,11 +12,12 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import Any
 
 PORT = 7001
 
 
-def answer(request, sock):
+def answer(request: dict[str, Any], sock: socket.socket) -> dict[str, Any]:
     if "read" in request:
         with open(request["read"], "rb") as file:
             return {"rc": 0, "out": file.read().decode("latin-1"), "err": ""}
@@ -35,7 +36,7 @@ def answer(request, sock):
         start_new_session=True,
     )
 
-    def watch():
+    def watch() -> None:
         try:
             if not sock.recv(1) and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -47,7 +48,7 @@ def answer(request, sock):
     return {"rc": process.returncode, "out": out.decode("latin-1"), "err": err.decode("latin-1")}
 
 
-def serve(sock):
+def serve(sock: socket.socket) -> None:
     with sock:
         line = sock.makefile("rb").readline()
         if not line:
@@ -63,7 +64,7 @@ def serve(sock):
             pass
 
 
-def main():
+def main() -> None:
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("-1000")
     listener = socket.socket()
