@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 
 .PHONY: help demo test lab sim bench lint docs clean programs
 
@@ -19,11 +19,11 @@ demo: $(VENV)/.installed  ## Two mirrored nodes to play with; STORY=1 plays a fa
 	@$(BIN)/python -m tandem.tools.demo $(if $(STORY),--story) $(if $(SEED),--seed $(SEED))
 
 test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, unit tests, simulator, real programs.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lab: $(VENV)/.installed-test  ## Against the kernel's own DRBD in small virtual machines; needs root and some minutes.
 	@tests/debian-packages.sh tests/lab/debian-packages.txt
-	$(BIN)/python -m pytest tests/lab
+	TANDEM_LAB=1 $(BIN)/python -m pytest tests/lab
 
 sim: $(VENV)/.installed-test  ## Random runs of the simulator: N= how many, SEED= replays one.
 	@$(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N))

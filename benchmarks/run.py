@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -38,6 +39,7 @@ def main() -> int:
     systems = _chosen(options, console)
     if REFERENCE not in [system.name for system in systems]:
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
     directory = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=options.dir))
     try:
         with contextlib.ExitStack() as stack:

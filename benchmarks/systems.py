@@ -84,9 +84,18 @@ class System(ABC):
         deadline = time.monotonic() + START_S
         while not _listens(ready):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"{self.title} did not start; see {self.directory / 'log'}")
+                raise BenchError(f"{self.title} did not start: {_last_line(self.directory / 'log')}")
             time.sleep(0.01)
         self.pids.append(process.pid)
+
+
+def _last_line(log: Path) -> str:
+    """What a program said last: the directory with its log will be gone when somebody wants to look."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return "it said nothing"
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -191,6 +200,7 @@ class Tandem(System):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
+            said += f" ({_last_line(self.directory / 'run' / node / 'r0.log')})"
             raise BenchError(f"tandemadm {' '.join(args)} on {node} failed ({done.returncode}): {said}")
 
     def _down(self, node: str) -> None:

@@ -158,7 +158,7 @@ class Commands:
                 return Refusal(131, "Need one Primary node to resize.", "Promote one: tandemadm primary")
             if not vol.attached:
                 return Refusal(138, "Device does not have a disk-config", "Attach its disk first")
-            if args.get("size"):
+            if "size" in args:
                 disk = replace(vol.config.disk_options, size=int(args["size"]))
                 vol.config = replace(vol.config, disk_options=disk)
             ticket = self.e.new_ticket()

@@ -249,6 +249,7 @@ class Disks:
             size = vol.usable if not vol.config.disk_options.size else size
         if size > vol.size:
             self.adopt_size(vol, size, set_new=not assume_clean)
+            vol.resize_pending = vol.state.connected  # the peer's answer starts the resync of the new part
         if vol.state.connected:
             self.e.peer.send_uuids(vol)
             self.e.peer.send_sizes(vol, 2 if assume_clean else 0, ask=True)

@@ -327,6 +327,8 @@ class Link:
             if cmd == Packet.AUTH_CHALLENGE:
                 raise PeerProtocolError("the peer wants authentication, cram-hmac-alg is not configured here")
             raise PeerProtocolError(f"packet {Packet(cmd).name} before P_PROTOCOL")
+        if cmd not in self._data:
+            raise PeerProtocolError(f"{Packet(cmd).name} after the handshake")
         handler = self._data[cmd]
         if handler is None:
             return
@@ -358,7 +360,7 @@ class Link:
             Packet.RS_THIN_REQ: self._rs_request(True),
             Packet.CSUM_RS_REQUEST: self._csum_request,
             Packet.OV_REQUEST: self._verify_request,
-            Packet.OV_REPLY: self._verify_reply,
+            Packet.OV_REPLY: lambda vol, p: self.e.verify.replied(vol, *unpack_block_req(p), bytes(p[24:])),
             Packet.PROTOCOL: self._protocol,
             Packet.PROTOCOL_UPDATE: None,
             Packet.SYNC_PARAM89: self._sync_param,
@@ -450,10 +452,6 @@ class Link:
         sector, block_id, size = unpack_block_req(payload)
         self._check_request(vol, sector, size)
         self.e.verify.requested(vol, sector, block_id, size)
-
-    def _verify_reply(self, vol: Volume, payload: memoryview) -> None:
-        sector, _, size = unpack_block_req(payload)
-        self.e.verify.replied(vol, sector, size, bytes(payload[24:]))
 
     def _out_of_sync(self, vol: Volume, payload: memoryview) -> None:
         sector, size = unpack_block_desc(payload)
@@ -593,6 +591,7 @@ _CONNECTION_WIDE: Final = frozenset(
 _ACKS: Final = frozenset(
     (
         Packet.RECV_ACK, Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.SUPERSEDED, Packet.NEG_ACK,
-        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL, Packet.RETRY_WRITE,
+        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL,
+        Packet.RETRY_WRITE,
     )
 )  # fmt: skip

@@ -89,10 +89,14 @@ class Peer:
         vol.peer_size = theirs.d_size * SECTOR
         usable_before = vol.size
         if vol.attached:
-            configured = vol.config.disk_options.size
+            configured = theirs.u_size  # once connected, whoever resizes decides for both (receive_sizes)
             if connecting:
-                both = [x for x in (configured, theirs.u_size) if x]
+                both = [x for x in (vol.config.disk_options.size, theirs.u_size) if x]
                 configured = min(both, default=0)
+            elif configured != vol.config.disk_options.size:
+                self.e.note(vol, f"Peer sets u_size to {configured} sectors (old: {vol.config.disk_options.size})")
+                options = replace(vol.config.disk_options, size=configured)
+                vol.config = replace(vol.config, disk_options=options)
             peer = vol.peer_size or (vol.usable if theirs.dds_flags & ASSUME_PEER_HAS_SPACE else 0)
             size = new_size(vol.usable, peer, configured * SECTOR, vol.la_size)
             shrinks = size < vol.size and vol.state.disk >= DiskState.OUTDATED
@@ -114,8 +118,9 @@ class Peer:
         if not connecting:
             if theirs.c_size * SECTOR != vol.size:
                 self.send_sizes(vol, theirs.dds_flags)
-            if vol.size > usable_before and not theirs.dds_flags & NO_RESYNC:
+            if (vol.size > usable_before or vol.resize_pending) and not theirs.dds_flags & NO_RESYNC:
                 self.grown(vol)
+        vol.resize_pending = False
 
     def grown(self, vol: Volume) -> None:
         """The device grew while connected: the new area is resynced without a bitmap exchange."""

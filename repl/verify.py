@@ -175,7 +175,7 @@ class Verify:
         run.tokens_at = self.e.now
         return run.tokens
 
-    def replied(self, vol: Volume, sector: int, size: int, theirs: bytes) -> None:
+    def replied(self, vol: Volume, sector: int, _: int, size: int, theirs: bytes) -> None:
         """P_OV_REPLY: compare with our own block."""
         run = vol.verify
         lock = run.out.get(sector) if run else None

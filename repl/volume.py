@@ -69,6 +69,7 @@ class Volume:
         self.size = 0  # the current device size
         self.peer_size = 0  # what the peer's disk could offer; 0 unknown
         self.peer_u_size = 0  # sectors
+        self.resize_pending = False  # we grew first; the peer's P_SIZES says that it has followed
         self.found_disk: DiskState | None = None  # what attach found, while Negotiating
         self.found_pdsk: DiskState | None = None
         self.attach_ticket = 0

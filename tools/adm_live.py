@@ -139,9 +139,11 @@ def resize(
     session: Session, target: Target, size: int | None, assume_peer_has_space: bool, assume_clean: bool
 ) -> int:
     args: dict[str, Any] = {"assume_peer_has_space": assume_peer_has_space, "assume_clean": assume_clean}
-    if size is not None:
-        args["size"] = size
-    return on_volumes(session, target, "resize", args)
+    worst = 0
+    for volume in session.volumes(target):  # without --size, what the configuration says now
+        args["size"] = volume.disk_options.size if size is None else size
+        worst = max(worst, on_volumes(session, Target(target.resource, volume.number), "resize", dict(args)))
+    return worst
 
 
 @verb(

@@ -181,7 +181,8 @@ class _SyncDisplay:
             task = self._tasks[volume.number]
             if volume.sync is None:
                 state = volume.replication if volume.replication != "Off" else status.connection.cstate
-                progress.update(task, state=state)
+                copied = progress.tasks[task].total if state == "Established" else None
+                progress.update(task, state=state, completed=copied)
             else:
                 done = volume.sync.total - volume.sync.left
                 progress.update(task, total=volume.sync.total, completed=done, state=volume.replication)

@@ -11,6 +11,7 @@ import argparse
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +36,15 @@ if TYPE_CHECKING:
 MIB: Final = 1 << 20
 SIZE: Final = 256 * MIB
 REFRESH_S: Final = 0.5  # the live view; people read no faster
+ROOM: Final = 4 * SIZE  # two disks, the image of a file system, and a copy of it
 SOCKET_NAME_MAX: Final = len("/run/alice/r0.nbd")
 
-Trouble = (Broken, CommandFailed, ConnectionLost, DaemonError, MissingProgram, NbdRefused, Waited)
+
+class NoRoom(Exception):
+    """The temporary directory is too small; one sentence."""
+
+
+Trouble = (Broken, CommandFailed, ConnectionLost, DaemonError, MissingProgram, NbdRefused, NoRoom, Waited)
 
 
 def say(text: str = "") -> None:
@@ -180,6 +187,16 @@ def new_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp"))
 
 
+def check_room(directory: Path, n_bytes: int) -> None:
+    """NoRoom when fewer than *n_bytes* are free where *directory* is."""
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise NoRoom(
+            f"{free // MIB} MiB are free in {directory.parent}, {n_bytes // MIB} are needed; "
+            "name a larger place with TMPDIR"
+        )
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Make SIGTERM and SIGHUP end the work as Ctrl-C does; afterwards none of them does anything.
@@ -204,6 +221,7 @@ def run(story: bool, seed: int) -> int:
     """The demonstration in a fresh directory; the exit code."""
     with Pair(new_directory(), SIZE) as pair:
         try:
+            check_room(pair.directory, ROOM)
             with interruptible():
                 if story:
                     Story(pair, seed, say).play()
@@ -213,7 +231,8 @@ def run(story: bool, seed: int) -> int:
             say("\nEnding.")
             return 130 if story else 0
         except Trouble as error:
-            say(f"\n{type(error).__name__}: {error}\n{pair.logs()}")
+            said = "" if isinstance(error, MissingProgram | NoRoom) else f"\n{pair.logs()}"
+            say(f"\n{type(error).__name__}: {error}{said}")
             return 1
     return 0
 

@@ -2,9 +2,8 @@
 
 Decides, alone in the program, what may run on the loop and what goes to a worker thread: buffered reads
 and writes run inline as long as that is quick, because for them a hand-over costs more than the call;
-everything that waits for stable storage by its nature goes to a worker, or to the kernel. Adjacent
-operations of a batch become one system call. It relies on the machine never having overlapping writes in
-flight.
+everything that waits for stable storage by its nature goes to a worker. Adjacent operations of a batch
+become one system call. It relies on the machine never having overlapping writes in flight.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Final
 from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
 
 from .blockio import CANNOT, IOV_MAX, Device, room
-from .flusher import Flusher
 from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
@@ -71,9 +69,6 @@ class Disk:
         ended: Completions[Ended] = Completions(loop, self._collected, fatal)
         self._data_workers = Workers(f"{name}-data", N_DATA_THREADS, ended)
         self._sync_workers = Workers(f"{name}-sync", N_SYNC_THREADS, ended)
-        self._flusher = Flusher(loop, self._flushed, fatal)
-        self._flushes: dict[int, tuple[OpenVolume, DiskOp]] = {}  # in the kernel, by their key
-        self._last_flush = 0
         self._volumes: dict[int, OpenVolume] = {}
         self.backlog = 0  # bytes of operations in workers
 
@@ -101,7 +96,6 @@ class Disk:
 
     def stop(self) -> None:
         """Let the workers end after what they have."""
-        self._flusher.stop()
         self._data_workers.stop()
         self._sync_workers.stop()
 
@@ -212,10 +206,6 @@ class Disk:
         ops = [op]
         self._count(volume, ops)
         device = volume.meta if op.area == META else volume.data
-        if op.op == FLUSH and self._flusher.start(self._last_flush + 1, device.fd):
-            self._last_flush += 1
-            self._flushes[self._last_flush] = volume, op
-            return
 
         def job() -> Ended:
             _blame(ops, lambda: _carry_out(device, op))
@@ -236,15 +226,6 @@ class Disk:
             self._let_go(volume, len(ops))
         self.backlog -= sum(op.length for op in done if op.op <= WRITE)
         self._completed(done)
-
-    def _flushed(self, ended: list[tuple[int, int]]) -> None:
-        """The kernel is done with some flushes; on the loop's thread."""
-        results: list[Ended] = []
-        for key, error in ended:
-            volume, op = self._flushes.pop(key)
-            op.error = error
-            results.append((volume, [op]))
-        self._collected(results)
 
     def _let_go(self, volume: OpenVolume, n: int) -> None:
         volume.n_inflight -= n

@@ -58,6 +58,12 @@ def test_every_printed_failover_line_works(pair: Pair, program: FindProgram) -> 
     assert in_sync(pair.status(pair.first))
 
 
+def test_too_small_a_place_is_one_sentence(tmp_path: Path) -> None:
+    demo.check_room(tmp_path, 1)
+    with pytest.raises(demo.NoRoom, match=r"MiB are free in .*TMPDIR"):
+        demo.check_room(tmp_path, 1 << 62)
+
+
 def run_demo(*options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tandem.tools.demo", *options], stdin=subprocess.DEVNULL,

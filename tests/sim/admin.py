@@ -9,6 +9,7 @@ from tandem.repl.config import Fencing
 from tandem.repl.requests import META
 from tandem.repl.states import ConnState, DiskState, Role
 
+from .mix import LARGE
 from .ondisk import super_at
 
 if TYPE_CHECKING:
@@ -121,10 +122,11 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
     if sv.disk >= D.INCONSISTENT and s.conn >= C.CONNECTED:
         options.append((w / 4, command, (node, "detach", v)))
     if s.conn >= C.CONNECTED:
+        full = w if world.mix.size < LARGE else w / 20  # copying all of a large disk takes long
         if sv.disk >= D.INCONSISTENT and not node.primary:
-            options.append((w / 4, invalidate, (node, v, node, "invalidate")))
+            options.append((full / 4, invalidate, (node, v, node, "invalidate")))
         if sv.pdsk >= D.INCONSISTENT and not peer.primary:
-            options.append((w / 6, invalidate, (node, v, peer, "invalidate-remote")))
+            options.append((full / 6, invalidate, (node, v, peer, "invalidate-remote")))
         if s.conn in (C.SYNC_SOURCE, C.SYNC_TARGET):
             options.append((w, command, (node, "pause-sync", v)))
         if world.mix.verify:

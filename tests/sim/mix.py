@@ -24,6 +24,7 @@ from tandem.repl.config import (
 from .chooser import Chooser
 
 MIB: Final = 1 << 20
+LARGE: Final = 292 * MIB  # more extents than the smallest activity log has slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ def draw(chooser: Chooser) -> Mix:
         return chooser.choose(n) == 0
 
     mix = Mix(
-        steps=(120, 200, 300, 450)[chooser.choose(4)],
-        size=(2 * MIB, 2 * MIB, 9 * MIB, 320 * MIB)[chooser.choose(4)],
+        steps=(100, 160, 240, 360)[chooser.choose(4)],
+        size=(2 * MIB, 2 * MIB, 9 * MIB, LARGE)[chooser.choose(4)],
         n_volumes=2 if rarely(6) else 1,
         external=rarely(5),
         fresh=rarely(8),
@@ -127,7 +128,7 @@ def draw(chooser: Chooser) -> Mix:
         reboot=often(0.2, 1, 4),
         reconnect=often(0.5, 4),
     )
-    if mix.size > 100 * MIB:
+    if mix.size == LARGE:
         mix = replace(mix, n_spots=90, fresh=False)
     if mix.fencing is Fencing.RESOURCE_AND_STONITH and mix.protocol == "A":
         mix = replace(mix, protocol="C")

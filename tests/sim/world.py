@@ -273,7 +273,7 @@ class World:
         spot = self._spots[self.chooser.choose(len(self._spots))] + self.chooser.choose(16)
         n = REQUEST_SIZES[self.chooser.choose(len(REQUEST_SIZES))]
         if m.big_writes and self.chance(6):
-            n = 8 * (1 + self.chooser.choose(256))
+            n = 8 * (1 + self.chooser.choose(48 if self.chooser.choose(6) else 256))
         end = node.layouts[volume].usable // SECTOR
         spot = min(spot if n % 8 else spot // 8 * 8, end - n)
         if kind == 1:
