@@ -93,12 +93,30 @@ def _flags(e: Engine, vol: Volume, new: State) -> None:
     if vol.attached and new.disk >= D.INCONSISTENT:
         if vol.last_flags & ~vol.flags() & MdFlag.PRIMARY_IND and vol.meta is not None:
             _hold_primary_mark(e, vol, vol.meta)
-        flags = vol.flags()
-        if flags != vol.last_flags:
-            vol.last_flags = flags
+        flags, before = vol.flags(), vol.last_flags
+        vol.last_flags = flags
+        if flags & ~before & MdFlag.PRIMARY_IND:
+            _mark_primary(e, vol)
+        elif flags != before:
             e.write_superblock(vol, None)
     if new.disk == new.pdsk == D.UP_TO_DATE:
         vol.crashed_primary = False  # after the flags, as in DRBD: it leaves the disk with the next change
+
+
+def _mark_primary(e: Engine, vol: Volume) -> None:
+    """No write that relies on the activity log starts before PRIMARY_IND, which has it applied, is on disk."""
+    vol.unmarked += 1
+    vol.io_holds += 1
+    vol.refresh()
+
+    def durable(ok: bool) -> None:
+        vol.unmarked -= 1
+        vol.io_holds -= 1
+        vol.refresh()
+        e.mirror.release_held(vol)
+        e.replica.extents_ready(vol)
+
+    e.write_superblock(vol, durable)
 
 
 def _hold_primary_mark(e: Engine, vol: Volume, meta: MetaWriter) -> None:

@@ -108,7 +108,7 @@ class Replica:
         self.flush_out = 0
         self.flush_began = 0.0
         self.next_flush_at = 0.0
-        self.flush_failed = False
+        self.flush_failed: set[int] = set()  # volumes
 
     # ------------------------------------------------------------------------------ receiving
 
@@ -211,6 +211,9 @@ class Replica:
             # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
             w.dp &= ~DP_MAY_SET_IN_SYNC
             vol.set_out_of_sync(w.offset, w.length)
+            if vol.unmarked:
+                self.al_waiting.append((vol, w))
+                return
             if not vol.al_suspended and not w.al_ref and not self._take_extents(vol, w):
                 self.al_waiting.append((vol, w))
                 self.e.mirror.kick_activity_log(vol)
@@ -241,8 +244,8 @@ class Replica:
 
     def extents_ready(self, vol: Volume) -> None:
         """An activity-log transaction of *vol* ended: try again what waited for it."""
-        for _ in range(len(self.al_waiting)):
-            volume, w = self.al_waiting.popleft()
+        waiting, self.al_waiting = self.al_waiting, deque()
+        for volume, w in waiting:
             self._begin(volume, w)
 
     def barrier(self, barrier: int) -> None:
@@ -380,7 +383,7 @@ class Replica:
         self.flushing, self.flush_waiting = self.flush_waiting, []
         self.flushing_epochs = ripe
         self.flush_began = self.e.now
-        self.flush_failed = False
+        self.flush_failed = set()
         targets = [v for v in self.e.volumes.values() if v.local]
         self.flush_out = len(targets)
         for vol in targets:
@@ -394,7 +397,7 @@ class Replica:
         vol.n_local -= 1
         self.flush_out -= 1
         if op.error:
-            self.flush_failed = True
+            self.flush_failed.add(vol.number)
             self.e.disks.failed(vol, op.error, write=True)
         if not self.flush_out:
             self._flush_done()
@@ -407,7 +410,7 @@ class Replica:
         self.next_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), PAUSE_MAX_S)
         for w in requests:
             vol = self.e.volumes[w.volume]
-            failed = self.flush_failed or not vol.local
+            failed = vol.number in self.flush_failed or not vol.local
             self._answer(vol, w, Packet.NEG_ACK if failed else Packet.WRITE_ACK)
         if self.flush_failed:
             # What was not made stable must stay in the peer's transfer log; it learns of our disk by P_STATE.

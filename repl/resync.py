@@ -25,13 +25,7 @@ from .requests import DATA, MAY_UNMAP, DiskOp, Op
 from .states import ConnState, DiskState, Role
 from .units import BLOCK_SHIFT, IO_MAX, SECTOR
 from .volume import Volume
-from .wire import (
-    ID_SYNCER,
-    Packet,
-    pack_block_req,
-    pack_data,
-    pack_sync_uuid,
-)
+from .wire import ID_SYNCER, Packet, pack_block_desc, pack_block_req, pack_data, pack_sync_uuid
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -459,16 +453,21 @@ class Resync:
                 self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
                 vol.rs_failed += size >> 12
             else:
-                self._reply(vol, sector, block_id, op, digest)
+                self._reply(vol, sector, block_id, op, digest, thin)
         if op.error:
             self.e.disks.failed(vol, op.error or errno.EIO, write=False)
         for wake in waiters:
             wake()
         self.e.disks.local_idle(vol)
 
-    def _reply(self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None) -> None:
+    def _reply(
+        self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
+    ) -> None:
         assert op.payload is not None
         vol.bytes_read += op.length
+        if thin and bytes(op.payload) == bytes(op.length):
+            self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, sector, op.length))
+            return
         if digest is not None and self.e.csums is not None and self.e.csums(op.payload) == digest:
             self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, sector, block_id, op.length)
             vol.set_in_sync(op.offset, op.length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,19 @@ def directory() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="tandem-test-"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def small_disk(directory: Path, program: FindProgram) -> Iterator[Path]:
+    """A directory on a file system of 6 MiB. Mounting one is root's: anybody else skips the test."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    place = directory / "small"
+    place.mkdir()
+    subprocess.run([program("mount"), "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], check=True)
+    yield place
+    # Lazily: daemons with files on it may not have ended yet.
+    subprocess.run([program("umount"), "-l", str(place)], check=True)
 
 
 @pytest.fixture

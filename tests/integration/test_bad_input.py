@@ -358,19 +358,6 @@ def test_a_disk_that_fills_up_is_left_and_the_peer_goes_on(made: Pair, small_dis
     assert peer.disk.read_bytes()[: 12 * MIB] == b"f" * (12 * MIB)
 
 
-@pytest.fixture
-def small_disk(directory: Path, program: FindProgram) -> Iterator[Path]:
-    """A directory with 6 MiB: a tmpfs of its own in a mount namespace is root's to make."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    place = directory / "small"
-    place.mkdir()
-    subprocess.run([program("mount"), "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], check=True)
-    yield place
-    # Daemons with files on it have to be gone first; they are ended by the pair's own fixture.
-    subprocess.run([program("umount"), "-l", str(place)], check=True)
-
-
 # ----------------------------------------------------------------------------------- garbage on ports
 
 GARBAGE = {

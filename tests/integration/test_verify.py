@@ -31,7 +31,9 @@ def plant(node: Node, *offsets: int) -> None:
 
 async def verified(pair: Pair, kib: int) -> None:
     for node in (pair.a, pair.b):
-        await node.until(lambda node=node: node.cstate == "Connected" and differing(node.runtime.status()) == kib)
+        await node.until(
+            lambda: node.cstate == "Connected" and differing(node.runtime.status()) == kib  # noqa: B023
+        )
 
 
 async def up(directory: Path, protocol: str = "C", verify_alg: str = "crc32c") -> Pair:

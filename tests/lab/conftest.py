@@ -51,10 +51,9 @@ def pair(two_nodes: Pair, request: pytest.FixtureRequest) -> Iterator[Pair]:
     assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Remember a failure, so that the fixture prints the logs of both sides."""
-    report = yield
-    if call.when == "call" and report.failed:  # type: ignore[attr-defined]
+    outcome = yield
+    if call.when == "call" and outcome.get_result().failed:  # type: ignore[attr-defined]
         item.failed = True  # type: ignore[attr-defined]
-    return report

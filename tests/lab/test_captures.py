@@ -12,7 +12,7 @@ import pytest
 from tests.wire.kernel_sessions import DIRECTORY, bitmaps, decode, load, packets
 
 from .capture import Capture, save
-from .nodes import PORT, RES, wait_state
+from .nodes import PORT, RES, wait, wait_state
 from .pair import MIB, Pair
 
 SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
@@ -128,4 +128,36 @@ def test_checksums(pair: Pair, side: str, tmp_path: Path) -> None:
         pair.other(primary).adm("connect", RES)
         pair.in_sync()
         primary.adm("secondary", RES)
+        end(pair)
+
+
+@SIDES
+def test_verify(pair: Pair, side: str, tmp_path: Path) -> None:
+    """Online verify of the first 512 KiB, with one difference."""
+    with recorded(pair, f"verify-{side}", tmp_path):
+        pair.start("net { verify-alg crc32c; }", content="zero", sync="clear")
+        with pair.tandem.disk_file().open("r+b") as file:
+            file.seek(64 << 10)
+            file.write(b"x")
+        node = pair.node(side)
+        node.adm(*(("--", "--stop=1024", "verify") if node.is_kernel else ("verify", "--stop=1024")), RES)
+        for one in (node, pair.other(node)):
+            wait(one, lambda s: s.cs == "Connected" and s.oos == 4, "Connected with 4 KiB out of sync")
+        end_alone(pair)
+
+
+@SIDES
+def test_thin_resync(pair: Pair, side: str, tmp_path: Path) -> None:
+    """A resync in which most blocks are zero, and the target asks for that to be told."""
+    with recorded(pair, f"thin-{side}", tmp_path):
+        pair.start("disk { rs-discard-granularity 65536; }", content="zero", sync="clear")
+        source = pair.node(side)
+        source.adm("primary", RES)
+        pair.other(source).adm("disconnect", RES)
+        wait_state(source, cs="WFConnection")
+        source.zero(MIB, 256 << 10)
+        pattern(pair, side, (3 * MIB, 4096))
+        pair.other(source).adm("connect", RES)
+        pair.in_sync()
+        source.adm("secondary", RES)
         end(pair)

@@ -90,7 +90,7 @@ def add_options(world: World, options: list[Option]) -> None:
             continue
         if node.closing and not node.clients.open:
             options.append((2.0, finish_demotion, (node,)))
-        promoting = any(c.name == "primary" for c in world.peer_of(node).commands.values())
+        promoting = any(c.name in ("primary", "secondary") for c in world.peer_of(node).commands.values())
         if not (a.primary or b.primary or promoting or node.attaches) and _may_promote(world, node):
             options.append((1.0, command, (node, "primary")))
         if world.mix.two_primaries and not node.primary and node.connected:
@@ -129,7 +129,7 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
             options.append((full / 6, invalidate, (node, v, peer, "invalidate-remote")))
         if s.conn in (C.SYNC_SOURCE, C.SYNC_TARGET):
             options.append((w, command, (node, "pause-sync", v)))
-        if world.mix.verify:
+        if world.mix.verify and world.mix.size < LARGE:
             options.append((w / 3, command, (node, "verify", v)))
     elif not node.primary and sv.disk in (D.CONSISTENT, D.UP_TO_DATE) and not world.ledgers[v].copies[peer.index].lacks:
         options.append((w / 8, command, (node, "outdate", v)))

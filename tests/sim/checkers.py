@@ -382,6 +382,9 @@ class Checks:
             for s, write in ask.point[holder.index].items():
                 if holder is not node and vol.bitmap.n_bits and vol.bitmap.any(s >> 3, (s >> 3) + 1):
                     continue  # this block is out of the mirror, and marked
+                last = ledger.copies[holder.index].last.get(s)
+                if last is None or _older(last, write):
+                    continue  # a resync has replaced this copy since
                 content = read(s)
                 versions = ledger.copies[holder.index].stable.get(s, INITIAL)
                 if not ledger.fits(s, content, frozenset(x for x in versions if not _older(x, write))):

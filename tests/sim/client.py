@@ -155,8 +155,11 @@ class Ledger:
     def flushed(self, point: FlushPoint, nodes: Iterable[int]) -> None:
         """The flush that was submitted at *point* was answered; *nodes* are in the mirror."""
         for node in nodes:
+            copy = self.copies[node]
             for s, write in point[node].items():
-                self._narrow_stable(self.copies[node], s, write)
+                last = copy.last.get(s)
+                if last is not None and not older(last, write):  # else a resync has replaced the copy
+                    self._narrow_stable(copy, s, write)
 
     def _narrow_stable(self, copy: Copy, sector: int, write: Write) -> None:
         old = copy.stable.get(sector, INITIAL)

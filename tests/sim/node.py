@@ -109,7 +109,7 @@ class Node:
 
     @property
     def primary(self) -> bool:
-        return self.engine is not None and self.state().role is Role.PRIMARY
+        return self.engine is not None and any(self.state(v).role is Role.PRIMARY for v in range(self.mix.n_volumes))
 
     @property
     def connected(self) -> bool:

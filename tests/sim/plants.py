@@ -15,26 +15,32 @@ from tandem.repl import activity_log, peer, uuids
 from tandem.repl.activity_log import Replay
 from tandem.repl.bitmap import Bitmap
 from tandem.repl.bitmap_exchange import BitmapReceiver
+from tandem.repl.config import Fencing
 from tandem.repl.engine import Engine
 from tandem.repl.intervals import Intervals, Lock
 from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
 from tandem.repl.replica import Replica
 from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
+from tandem.repl.resync import Resync
 from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
+
+from tests.sim.mix import LARGE, MIB, Mix
 
 Patch = pytest.MonkeyPatch
 
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """*says*: the bug in words. *put* plants it. *rules*: which checkers may be the ones that notice."""
+    """*says*: the bug in words. *put* plants it. *tune* draws the runs closer to where it can show, for a bug
+    that random mixes meet only now and then."""
 
     name: str
     says: str
     put: Callable[[Patch], None]
+    tune: Callable[[Mix], Mix] = lambda mix: mix
 
 
 def _log_not_flushed(mp: Patch) -> None:
@@ -105,19 +111,21 @@ def _answer_without_peer(mp: Patch) -> None:
     mp.setattr(Mirror, "local_done", done)
 
 
-def _bits_cleared_on_reply(mp: Patch) -> None:
-    """The source clears its bits when it sends a block, not when the target has it."""
-    from tandem.repl import resync
+def _bits_cleared_when_asked_for(mp: Patch) -> None:
+    """Both sides clear the bits of a block before it is on the target's disk."""
+    ask, reply = Resync._ask, Resync._reply
 
-    name = "_reply"
-    owner = next(c for c in vars(resync).values() if isinstance(c, type) and name in vars(c))
-    original = getattr(owner, name)
+    def asked(self: Any, vol: Any, run: Any) -> None:
+        ask(self, vol, run)
+        for lock in run.out.values():
+            vol.set_in_sync(lock.offset, lock.length)
 
-    def reply(self: Any, vol: Any, sector: int, block_id: int, op: DiskOp, digest: Any) -> None:
+    def replied(self: Any, vol: Any, sector: int, block_id: int, op: DiskOp, *rest: Any) -> None:
         vol.set_in_sync(op.offset, op.length)
-        original(self, vol, sector, block_id, op, digest)
+        reply(self, vol, sector, block_id, op, *rest)
 
-    mp.setattr(owner, name, reply)
+    mp.setattr(Resync, "_ask", asked)
+    mp.setattr(Resync, "_reply", replied)
 
 
 def _stale_resync_block(mp: Patch) -> None:
@@ -186,6 +194,39 @@ def _write_before_log(mp: Patch) -> None:
 
 def _page_not_written_on_eviction(mp: Patch) -> None:
     mp.setattr(Bitmap, "is_dirty", lambda self, page: False)
+
+
+def _many_extents_and_crashes(mix: Mix) -> Mix:
+    """More extents than the log holds, written mostly alone, and crashes."""
+    return replace(
+        mix, size=LARGE, n_spots=90, n_volumes=1, fresh=False, steps=700, client=15, queue_depth=16, flushes=0,
+        cut=0.1, reconnect=0.02, process_crash=0.02, power_cut=0.02, reboot=4, al_updates=True, eio=0.0,
+        fencing=Fencing.DONT_CARE, protocol="C", big_writes=False, admin=0,
+    )  # fmt: skip
+
+
+def _failing_disks(mix: Mix) -> Mix:
+    """Disks that fail single writes, of a connected pair."""
+    return replace(mix, eio=0.08, on_io_error="pass_on", cut=0, process_crash=0, power_cut=0, admin=0, client=15)
+
+
+def _power_cuts(mix: Mix) -> Mix:
+    """Power fails on small devices that are written much."""
+    return replace(mix, power_cut=0.1, reboot=4, eio=0.0, client=15, size=2 * MIB, fresh=False)
+
+
+def _process_crashes(mix: Mix) -> Mix:
+    """Primaries that crash with writes in flight and come back to a connected peer."""
+    return replace(mix, process_crash=0.15, power_cut=0, reboot=4, reconnect=4, eio=0.0, cut=0, client=15, admin=0)
+
+
+def _lost_links_under_stonith(mix: Mix) -> Mix:
+    return replace(mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", cut=0.3, client=15, eio=0.0)
+
+
+def _many_cuts(mix: Mix) -> Mix:
+    """Short connections, so that most resyncs are interrupted."""
+    return replace(mix, cut=0.3, reconnect=4, chunk=True, early=True, eio=0.0, n_spots=12)
 
 
 def _log_not_applied(mp: Patch) -> None:
@@ -282,7 +323,12 @@ PLANTS = (
     Plant("flush only here", "a flush is answered when the local disk is flushed", _flush_only_here),
     Plant("ack too early", "the secondary acks a write before it is on disk", _ack_before_disk),
     Plant("answer without the peer", "the primary answers before the peer's ack", _answer_without_peer),
-    Plant("bit cleared too early", "the source clears its bits when it sends the block", _bits_cleared_on_reply),
+    Plant(
+        "bit cleared too early",
+        "bits are cleared before the block is on the target's disk",
+        _bits_cleared_when_asked_for,
+        _many_cuts,
+    ),
     Plant("stale resync block", "resync does not lock out application writes", _stale_resync_block),
     Plant("overlaps not serialised", "overlapping writes are in flight together", _overlaps_not_serialised),
     Plant("lost barrier", "a barrier is acked before its writes are done and flushed", _lost_barrier),
@@ -293,16 +339,17 @@ PLANTS = (
         "eviction without page",
         "an extent leaves the log, its bits are not on disk",
         _page_not_written_on_eviction,
+        _many_extents_and_crashes,
     ),
     Plant("log not applied", "attach ignores the activity log", _log_not_applied),
     Plant("bitmaps not merged", "the peer's bitmap is ignored", _bitmaps_not_merged),
     Plant("wrong UUID rule", "rules 50 and 70 have their signs swapped", _wrong_uuid_rule),
-    Plant("crash flag ignored", "rule 40 forgets who crashed", _crashed_primary_forgotten),
+    Plant("crash flag ignored", "rule 40 forgets who crashed", _crashed_primary_forgotten, _process_crashes),
     Plant("no primary mark", "PRIMARY_IND never reaches the disk", _primary_mark_missing),
-    Plant("stonith does not freeze", "I/O goes on while fencing", _stonith_does_not_freeze),
-    Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write),
+    Plant("stonith does not freeze", "I/O goes on while fencing", _stonith_does_not_freeze, _lost_links_under_stonith),
+    Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write, _failing_disks),
     Plant("local error ignored", "the primary ignores its disk's error", _local_error_ignored),
-    Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on),
+    Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on, _power_cuts),
 )
 
 __all__ = ["LOCAL", "LOCAL_OK", "PLANTS", "Plant", "peer"]

@@ -39,5 +39,6 @@ def test_what_the_sessions_cover() -> None:
         "P_DATA", "P_BARRIER", "P_BARRIER_ACK", "P_WRITE_ACK", "P_RS_DATA_REQUEST", "P_RS_DATA_REPLY",
         "P_RS_WRITE_ACK", "P_SYNC_UUID", "P_COMPRESSED_BITMAP", "P_TRIM", "P_ZEROES", "P_STATE_CHG_REQ",
         "P_STATE_CHG_REPLY", "P_CONN_ST_CHG_REQ", "P_PING", "P_PING_ACK", "P_DATA_REQUEST", "P_DATA_REPLY",
-        "P_AUTH_CHALLENGE", "P_AUTH_RESPONSE", "P_RECV_ACK",
+        "P_AUTH_CHALLENGE", "P_AUTH_RESPONSE", "P_RECV_ACK", "P_OV_REQUEST", "P_OV_REPLY", "P_OV_RESULT",
+        "P_CSUM_RS_REQUEST",
     }  # fmt: skip
