@@ -68,7 +68,8 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
     if new.connected and not old.connected:
         vol.sync_ending = False  # the handshake has told us how it ended
     target_may_have_ended = vol.end_unknown and old.connected and not new.connected
-    if new.disk == D.UP_TO_DATE and (not vol.uuids.bitmap or target_may_have_ended):
+    free = not vol.uuids.bitmap and vol.unproven is None
+    if new.disk == D.UP_TO_DATE and (free or target_may_have_ended):
         peer_writes_here = (
             old.peer != Role.PRIMARY and new.peer == Role.PRIMARY and new.pdsk < D.INCONSISTENT
         )
@@ -96,14 +97,14 @@ def _flags(e: Engine, vol: Volume, new: State) -> None:
         flags, before = vol.flags(), vol.last_flags
         vol.last_flags = flags
         if flags & ~before & MdFlag.PRIMARY_IND:
-            _mark_primary(e, vol)
+            mark_primary(e, vol)
         elif flags != before:
             e.write_superblock(vol, None)
     if new.disk == new.pdsk == D.UP_TO_DATE:
         vol.crashed_primary = False  # after the flags, as in DRBD: it leaves the disk with the next change
 
 
-def _mark_primary(e: Engine, vol: Volume) -> None:
+def mark_primary(e: Engine, vol: Volume) -> None:
     """No write that relies on the activity log starts before PRIMARY_IND, which has it applied, is on disk."""
     vol.unmarked += 1
     vol.io_holds += 1

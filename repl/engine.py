@@ -404,6 +404,8 @@ class Engine:
             wish = replace(vol.state, conn=conn)
             if vol.end_unknown and conn < ConnState.CONNECTED <= vol.state.conn:
                 wish = replace(wish, pdsk=DiskState.D_UNKNOWN)  # Inconsistent when last seen, perhaps no longer
+            if vol.unproven is not None and conn < ConnState.CONNECTED:
+                wish, vol.unproven = replace(wish, disk=vol.unproven), None  # we know no more than before
             if outdate == "disk":
                 wish = replace(wish, disk=min(wish.disk, DiskState.OUTDATED))
             elif outdate == "pdsk":

@@ -312,7 +312,11 @@ class Link:
             )
             return len(view)
         if self.stage is Stage.RESPONSE and length != hmac_size(self.e.config.net.cram_hmac_alg):
-            raise PeerProtocolError(f"authentication response of {length} bytes")
+            ours = self.e.config.net.cram_hmac_alg
+            raise PeerProtocolError(
+                f"authentication failed: the peer's answer has {length} bytes; cram-hmac-alg is {ours} here, "
+                "make it equal on both nodes"
+            )
         if len(view) < HEADER + length:
             return 0
         payload = view[HEADER : HEADER + length]
@@ -466,8 +470,7 @@ class Link:
             if self.stage is not Stage.DOWN:
                 self.meta_backlog += bytes(view)
             return len(view)
-        at, n = 0, len(view)
-        finished: list[Request] = []
+        at, n, finished = 0, len(view), list[Request]()
         self.e.liveness.heard_meta()
         try:
             while n - at >= HEADER and self.alive:
@@ -591,7 +594,7 @@ _CONNECTION_WIDE: Final = frozenset(
 _ACKS: Final = frozenset(
     (
         Packet.RECV_ACK, Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.SUPERSEDED, Packet.NEG_ACK,
-        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL,
-        Packet.RETRY_WRITE,
+        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC,
+        Packet.RS_CANCEL, Packet.RETRY_WRITE,
     )
 )  # fmt: skip

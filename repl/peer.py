@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from . import aftermath
 from .decision import Decision, DecisionFacts, decide
 from .errors import PeerProtocolError, Refusal
 from .meta_writer import CallbackOp
@@ -186,6 +187,8 @@ class Peer:
         if peer_disk == DiskState.NEGOTIATING:
             really = vol.peer_uuid_flags & REALLY_INCONSISTENT
             peer_disk = DiskState.INCONSISTENT if really else DiskState.CONSISTENT
+        if vol.unproven is not None and ps.conn >= ConnState.CONNECTED:
+            self._proven(vol)
         if self._end_of_sync(vol, ps, peer_disk):
             return
         if old.pdsk == DiskState.UP_TO_DATE and peer_disk == DiskState.INCONSISTENT and (
@@ -204,6 +207,16 @@ class Peer:
             conn, peer_disk = decided
             old = vol.state
         self._apply(vol, old, ps, conn, peer_disk)
+
+    def _proven(self, vol: Volume) -> None:
+        """The diskless Primary has taken our generation for its own: it goes on here, as a new one."""
+        vol.unproven = None
+        s = vol.state
+        if s.peer == Role.PRIMARY and s.pdsk < DiskState.INCONSISTENT and s.disk == DiskState.UP_TO_DATE:
+            if not vol.uuids.bitmap:
+                self.e.start_new_generation(vol)
+                self.send_uuids(vol)
+            aftermath.mark_primary(self.e, vol)  # no write of its before that is on disk
 
     def _source_waits(self, vol: Volume, ps: State, peer_disk: DiskState) -> bool:
         """We are about to be its source and it only prepares: its disk is not good yet."""
@@ -346,6 +359,10 @@ class Peer:
         if connecting and old.suspended and (rebooted or stale):
             e.fencing.peer_was_rebooted()
             return
+        alone = ps.role == Role.PRIMARY and peer_disk < DiskState.INCONSISTENT
+        if connecting and alone and ps.conn < ConnState.CONNECTED and vol.attached:
+            # It has not seen our generation yet, and refuses us if its data is another one.
+            vol.unproven = old.disk
         refused = e.change(vol, new, hard=not connecting)
         if isinstance(refused, Refusal):
             if refused.code == CONNECTED_OUTDATES:  # an Outdated disk and a peer without one: it may attach yet

@@ -55,6 +55,7 @@ class Volume:
         self.conn_serial = 0  # counts changes of state.conn: what waited in one state must not go on in its next visit
         self.target_done = False  # the target said so while bits of ours were still set
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
+        self.unproven: DiskState | None = None  # our disk's state while a diskless Primary has not yet taken us
         self.unmarked = 0  # PRIMARY_IND is on its way to the disk
         self.primary_hold = False  # PRIMARY_IND stays until the bits only the log vouches for are on disk
         self.uuids_told = False  # the attaching peer has our set as it was when we decided

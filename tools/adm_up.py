@@ -67,6 +67,10 @@ def up(session: Session, target: Target) -> int:
                 complain(f"Device '{volume.minor}' is configured!")
             complain(f"{target} is up already. To apply a changed configuration: tandemadm adjust {target}")
             return 1
+        if status.connection.cstate == "StandAlone":  # it may run with the file's text of an earlier attempt
+            code = _reconfigure(session, client, target, session.config(target.resource))
+            if code:
+                return 1
         code = attach_all(session, client, target)
         if code:
             return 1

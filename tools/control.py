@@ -234,9 +234,12 @@ class ControlServer:
         try:
             if len(line) > LINE_MAX:
                 raise ValueError(f"a request may have {LINE_MAX} bytes, this one is longer")
-            request = json.loads(line)
+            try:
+                request = json.loads(line)
+            except ValueError:
+                request = None
             if not isinstance(request, dict):
-                raise ValueError("a request is a JSON object")
+                raise ValueError("this control socket takes one JSON object per line; use tandemadm to talk to it")
             self._request(client, request)
         except RecursionError:
             self._refuse(client, "the request is nested too deeply")

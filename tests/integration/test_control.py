@@ -149,9 +149,9 @@ def test_waiting_for_an_answer_can_have_an_end(paths: NodePaths, server: Control
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"not JSON at all\n", "Expecting value"),
+        (b"not JSON at all\n", "takes one JSON object"),
         (b"\xff\xfe\x00\n", ""),
-        (b"[1, 2]\n", "a request is a JSON object"),
+        (b"[1, 2]\n", "takes one JSON object"),
         (b"{}\n", "unknown request 'None'"),
         (b'{"do": "reboot"}\n', "unknown request 'reboot'"),
         (b'{"do": "command", "name": "nonsense"}\n', "unknown command 'nonsense'"),
