@@ -326,6 +326,12 @@ class Peer:
     def _abort(self, vol: Volume, ps: State, decision: Decision) -> tuple[ConnState, DiskState] | None:
         e = self.e
         e.note(vol, decision.abort, level="error")
+        if decision.split_brain:
+            name = e.config.name
+            e.note(
+                vol, f"To give up one side's changes, there: tandemadm secondary {name}; tandemadm connect "
+                f"--discard-my-data {name}; on the other node, if it is StandAlone: tandemadm connect {name}",
+            )  # fmt: skip
         if vol.state.disk == DiskState.NEGOTIATING:
             e.disks.attach_refused(vol, decision.abort)
             return (ConnState.CONNECTED, ps.disk) if vol.state.connected else None

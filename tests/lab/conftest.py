@@ -22,7 +22,7 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def two_nodes(lab: Lab) -> Pair:
+def two_nodes(lab: Lab) -> Iterator[Pair]:
     """A guest with kernel DRBD and a place for a Tandem daemon, two disks each."""
     config = lab.shared / "drbd.conf"
     config.touch()
@@ -31,7 +31,10 @@ def two_nodes(lab: Lab) -> Pair:
     disks = [lab.disk(f"tandem{i}", size) for i, size in enumerate(sizes)]
     tandem = TandemNode("tandem", lab.work, disks, lab.work / "tandem.conf")
     kernel.boot()
-    return Pair(kernel, tandem, config)
+    try:
+        yield Pair(kernel, tandem, config)
+    finally:
+        tandem.kill()  # whatever became of the last cell, no daemon outlives the laboratory
 
 
 @pytest.fixture(scope="session")
