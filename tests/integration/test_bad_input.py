@@ -276,7 +276,6 @@ def test_a_replication_port_in_use(made: Pair) -> None:
         said = refused(made, node, "up", "r0", code=1, says="(102) Local address(port) already in use.")
         assert str(node.port) in said
         assert made.status(node).connection.cstate == "StandAlone"
-        made.adm(node, "detach", "r0")
         made.adm(node, "down", "r0")
     log_of(node)
 

@@ -111,7 +111,7 @@ SCENARIOS = (
     Scenario("resync, power cuts", resync_one_block, ("power a", "power b"), 1),
     Scenario("both crash", one_write, ("power a", "power b", "crash a", "crash b"), 2, replace(QUIET, size=2 << 20)),
     Scenario("hand-over, power cuts", hand_over, ("power a", "power b"), 1),
-    Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), 1, replace(QUIET, protocol="A")),
+    Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), 2, replace(QUIET, protocol="A")),
     Scenario(
         "external metadata, power cuts",
         write_and_flush,

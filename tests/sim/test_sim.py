@@ -12,7 +12,9 @@ FIRST_SEED = 1
 SLICES = 20
 
 # Seeds that once found a bug. The draw of a mix may change what a seed does; they are kept all the same.
-FAILED_ONCE: tuple[int, ...] = ()
+FAILED_ONCE: tuple[int, ...] = (
+    17, 71, 81, 95, 188, 212, 275, 285, 1016, 1154, 20642, 20989, 21536, 40006, 40033, 50154, 50289, 71245,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("part", range(SLICES))
