@@ -205,11 +205,11 @@ class Disks:
             return
         vol.io_holds += 1
         vol.refresh()
-        if vol.n_app or not vol.meta.idle:
-            # Applications are held; what is in flight ends on its own, then we come back here.
-            self.e.when_quiet(vol, lambda: self._move(vol, new, assume_clean, then))
-        else:
-            self._move(vol, new, assume_clean, then)
+        # Applications are held. What is in flight, and what the peer has not made stable, ends on its own:
+        # until then it needs the old activity log.
+        self.e.log.when_empty(
+            lambda _: self.e.when_quiet(vol, lambda: self._move(vol, new, assume_clean, then))
+        )
 
     def _move(self, vol: Volume, new: object, assume_clean: bool, then: Then) -> None:
         """Write the metadata at its new place; a crash in between means a full sync."""

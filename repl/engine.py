@@ -163,6 +163,8 @@ class Engine:
 
     def take(self) -> Outbox:
         """Everything to be done since the last call."""
+        if self._quiet:
+            self._check_quiet()
         out = self.out
         if not out:
             return NOTHING
