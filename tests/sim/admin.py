@@ -153,7 +153,11 @@ def _may_promote(world: World, node: Node) -> bool:
         return True
     if any(node.state(v).disk not in (D.UP_TO_DATE, D.CONSISTENT) for v in range(world.mix.n_volumes)):
         return False
-    if world.mix.risky or world.mix.fencing is not Fencing.DONT_CARE:
+    if world.mix.fencing is not Fencing.DONT_CARE:
+        # The machine must refuse a node that is behind, unless a fencing that was overtaken tells it otherwise.
+        volumes = range(world.mix.n_volumes)
+        return all(node.state(v).pdsk > D.OUTDATED or not behind(world, node, v) for v in volumes)
+    if world.mix.risky:
         return True
     return not any(behind(world, node, v) for v in range(world.mix.n_volumes))
 

@@ -214,6 +214,7 @@ class Checks:
         self.record(node, volume).n_broke += 1
         if self.w.mix.on_io_error == "pass_on":  # one failure makes the whole disk Inconsistent
             self.w.ledgers[volume].copies[node.index].discarded = True
+            self.w.bits_were_left = True
 
     # ------------------------------------------------------------------ metadata
 

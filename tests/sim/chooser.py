@@ -78,7 +78,11 @@ def explore(run: Callable[[ScriptedChooser], None], departures_max: int, runs_ma
     n_runs = 0
     while script is not None:
         chooser = ScriptedChooser(script)
-        run(chooser)
+        try:
+            run(chooser)
+        except Exception as error:
+            error.add_note(f"the sequence of choices: {','.join(str(c) for c, _ in chooser.taken)}")
+            raise
         n_runs += 1
         if len(chooser.taken) < len(script):
             raise ReplayMismatch(f"the run ended after {len(chooser.taken)} choices, the script has {len(script)}")

@@ -24,6 +24,14 @@ SECTOR: Final = 512
 ZERO_PAGE: Final = bytes(PAGE)
 EIO: Final = 5
 
+# How a torn write is torn: which sectors (of how many) reached the disk.
+TEARS: Final[tuple[Callable[[int, int], bool], ...]] = (
+    lambda i, n: i < n / 2,
+    lambda i, n: i >= n / 2,
+    lambda i, n: i % 2 == 0,
+    lambda i, n: i % 3 == 1,
+)
+
 
 class DiskAbuse(AssertionError):
     """The machine used the disk in a way that no real disk would forgive."""
@@ -102,10 +110,10 @@ class Unflushed:
         else:
             image.write(self.offset, self.data)
 
-    def apply_sectors(self, image: Sparse, wanted: Callable[[int], bool]) -> None:
-        """Apply those sectors (numbered within the write) that *wanted* picks."""
-        for i in range(self.length // SECTOR):
-            if wanted(i):
+    def apply_sectors(self, image: Sparse, wanted: Callable[[int, int], bool], n: int) -> None:
+        """Apply those of the write's *n* sectors that *wanted* picks."""
+        for i in range(n):
+            if wanted(i, n):
                 piece = bytes(SECTOR) if self.data is None else self.data[i * SECTOR : (i + 1) * SECTOR]
                 image.write(self.offset + i * SECTOR, piece)
 
@@ -155,7 +163,8 @@ class FakeDevice:
                 if fate == 1:
                     entry.apply(self.durable)
                 elif fate == 2:
-                    entry.apply_sectors(self.durable, lambda _: chooser.choose(2) == 1)
+                    tear = TEARS[chooser.choose(len(TEARS))]
+                    entry.apply_sectors(self.durable, tear, entry.length // SECTOR)
         self.live = self.durable.copy()
         self.cache = []
 

@@ -16,8 +16,9 @@ if __name__ == "__main__":  # started as a file: the repository's root is what i
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.sim import admin
-from tests.sim.chooser import SeededChooser
+from tests.sim.chooser import ScriptedChooser, SeededChooser
 from tests.sim.mix import Mix, draw
+from tests.sim.scenarios import SCENARIOS, play
 from tests.sim.world import World
 
 
@@ -32,7 +33,8 @@ class Failure(Exception):
         self.error = error
 
     def report(self, n_lines: int = 60) -> str:
-        lines = [f"seed {self.seed} failed; replay it with: make sim SEED={self.seed}", str(self.mix)]
+        lines = [f"seed {self.seed} failed; replay it with: make sim SEED={self.seed}"] if self.seed else []
+        lines.append(str(self.mix))
         if self.world is not None:
             lines += self.world.describe()[-n_lines:]
         lines += traceback.format_exception(self.error)[-12:]
@@ -57,14 +59,34 @@ def run_seed(seed: int, mix: Mix | None = None) -> World:
     return world
 
 
+def replay_scenario(name: str, script: list[int], n_lines: int) -> int:
+    """Play one sequence of one scenario and print how it went."""
+    scenario = next((s for s in SCENARIOS if name in s.name), None)
+    if scenario is None:
+        print(f"no scenario is called {name}; there are: {', '.join(s.name for s in SCENARIOS)}", file=sys.stderr)
+        return 2
+    world = World(scenario.mix, ScriptedChooser())
+    try:
+        play(scenario, ScriptedChooser(script), world)
+    except Exception as error:
+        print(Failure(0, scenario.mix, world, error).report(n_lines))
+        return 1
+    print("\n".join(world.describe()[-n_lines:]))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Random runs of the simulator.")
     parser.add_argument("--n", type=int, default=200, help="how many runs")
     parser.add_argument("--seed", type=int, default=None, help="replay this one run, or the first of --first")
     parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--scenario", help="replay a scenario of scenarios.py (part of its name) with --script")
+    parser.add_argument("--script", default="", help="its choices, separated by commas")
     parser.add_argument("--lines", type=int, default=60, help="how much of the trace to print")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     args = parser.parse_args()
+    if args.scenario is not None:
+        return replay_scenario(args.scenario, [int(c) for c in args.script.split(",") if c], args.lines)
     seeds = [args.seed] if args.seed is not None else range(args.first, args.first + args.n)
     start, n_failed, n_steps, n_acked, n = time.process_time(), 0, 0, 0, 0
     for seed in seeds:

@@ -8,7 +8,7 @@ run; afterwards everything is healed and all checkers have their say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from tandem.repl.requests import FUA, Op, Request
 
@@ -30,14 +30,10 @@ class Scenario:
     story: Callable[[World], None]
     faults: tuple[str, ...]
     departures: int = 1
+    n_faults: int = 9  # at most so many of them
     mix: Mix = QUIET
     primary: int | None = 0
     steps: int = 120
-
-
-@dataclass(slots=True)
-class Budget:
-    left: list[str] = field(default_factory=list)
 
 
 def submit(world: World, *requests: Request, node: int = 0) -> None:
@@ -100,29 +96,43 @@ def hand_over(world: World) -> None:
     admin.finish_demotion(world.nodes[0])
 
 
+def crash_and_return(who: int, power: bool) -> Callable[[World], None]:
+    """A write, then one node dies and comes back: everything until both agree again is explored."""
+
+    def story(world: World) -> None:
+        submit(world, write(world, 3))
+        admin.settle(world)
+        submit(world, write(world, 3))
+        world.crash(world.nodes[who], power)
+        world.boot(world.nodes[who])
+
+    return story
+
+
+ANY = ("crash a", "crash b", "power a", "power b")
+POWER = ("power a", "power b")
+PROTOCOL_A = replace(QUIET, protocol="A")
+EXTERNAL = replace(QUIET, external=True)
+
 SCENARIOS = (
-    Scenario("one write, one crash", one_write, ("crash a", "crash b", "power a", "power b"), 2),
-    Scenario("one write, the link is cut", one_write, ("cut",), 2),
-    Scenario("overlapping writes, one fault", two_overlapping_writes, ("cut", "power b", "crash a")),
-    Scenario("flush, the peer loses power", write_and_flush, ("power b",), 2),
-    Scenario("flush, the primary loses power", write_and_flush, ("power a",), 2),
-    Scenario("FUA, power cuts", durable_write, ("power a", "power b")),
-    Scenario("resync of a block that is written again", resync_one_block, ("cut", "crash a", "crash b"), 1),
-    Scenario("resync, power cuts", resync_one_block, ("power a", "power b"), 1),
-    Scenario("both crash", one_write, ("power a", "power b", "crash a", "crash b"), 2, replace(QUIET, size=2 << 20)),
-    Scenario("hand-over, power cuts", hand_over, ("power a", "power b"), 1),
-    Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), 2, replace(QUIET, protocol="A")),
-    Scenario(
-        "external metadata, power cuts",
-        write_and_flush,
-        ("power a", "power b"),
-        1,
-        replace(QUIET, external=True),
-    ),
+    Scenario("one write, one crash", one_write, ANY, departures=2, n_faults=1),
+    Scenario("one write, both crash", one_write, ANY, departures=2, n_faults=2),
+    Scenario("one write, the link is cut", one_write, ("cut",), departures=2),
+    Scenario("overlapping writes, one fault", two_overlapping_writes, ("cut", *ANY), departures=2, n_faults=1),
+    Scenario("flush, one power cut", write_and_flush, POWER, departures=2, n_faults=1),
+    Scenario("FUA, power cuts", durable_write, POWER, departures=2),
+    Scenario("resync of a block that is written again", resync_one_block, ("cut", *ANY), n_faults=1),
+    Scenario("that resync, reordered, and cut", resync_one_block, ("cut",), departures=2),
+    Scenario("the peer is killed and comes back", crash_and_return(1, power=False), ("cut", *POWER)),
+    Scenario("the peer loses power and comes back", crash_and_return(1, power=True), ("cut", *ANY)),
+    Scenario("the primary loses power and comes back", crash_and_return(0, power=True), ("cut", *ANY)),
+    Scenario("hand-over, power cuts", hand_over, ("cut", *POWER), departures=2),
+    Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), departures=2, mix=PROTOCOL_A),
+    Scenario("external metadata, power cuts", write_and_flush, POWER, departures=2, mix=EXTERNAL),
 )
 
 
-def _fault_options(world: World, budget: list[str]) -> list[Option]:
+def _fault_options(world: World, budget: list[str], n_left: int) -> list[Option]:
     options: list[Option] = []
 
     def strike(name: str) -> None:
@@ -133,7 +143,7 @@ def _fault_options(world: World, budget: list[str]) -> list[Option]:
         kind, who = name.split()
         world.crash(world.nodes["ab".index(who)], power=kind == "power")
 
-    for name in dict.fromkeys(budget):
+    for name in dict.fromkeys(budget if n_left > 0 else []):
         if name == "cut":
             if any(n.link is not None for n in world.nodes):
                 options.append((1.0, strike, (name,)))
@@ -142,9 +152,9 @@ def _fault_options(world: World, budget: list[str]) -> list[Option]:
     return options
 
 
-def play(scenario: Scenario, chooser: ScriptedChooser) -> World:
-    """One sequence of the scenario; raises what the checkers raise."""
-    world = World(scenario.mix, ScriptedChooser())
+def play(scenario: Scenario, chooser: ScriptedChooser, world: World | None = None) -> World:
+    """One sequence of the scenario, in a new *world* unless one is given; raises what the checkers raise."""
+    world = world or World(scenario.mix, ScriptedChooser())
     admin.start_connected(world, scenario.primary)
     scenario.story(world)
     world.chooser = chooser
@@ -153,7 +163,7 @@ def play(scenario: Scenario, chooser: ScriptedChooser) -> World:
         options = world.progress()
         if not options:
             break
-        options += _fault_options(world, budget)
+        options += _fault_options(world, budget, scenario.n_faults - len(scenario.faults) + len(budget))
         world.n_steps += 1
         choice = chooser.choose(len(options)) if len(options) > 1 else 0
         _, action, args = options[choice]

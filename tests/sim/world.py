@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Command, HandlerExited, LinkLost, LinkUp
-from tandem.repl.requests import DATA, FUA, MAY_UNMAP, Op, Request
+from tandem.repl.requests import DATA, FUA, MAY_UNMAP, DiskOp, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 
 from . import admin, handlers
@@ -34,6 +34,22 @@ BUSY_TICKS_MAX = 2000
 
 class Violation(AssertionError):
     """Something that must always hold did not."""
+
+
+class Brief:
+    """What the trace keeps of an operation: not its payload."""
+
+    __slots__ = ("error", "kind", "length", "meta", "offset", "op", "volume")
+
+    def __init__(self, op: DiskOp) -> None:
+        self.kind = type(op)
+        self.op, self.meta, self.volume = op.op, op.area, op.volume
+        self.offset, self.length, self.error = op.offset, op.length, op.error
+
+    def __str__(self) -> str:
+        area = "META" if self.meta else "DATA"
+        where = f"{area} vol {self.volume} {self.offset}+{self.length} err {self.error}"
+        return f"<{self.kind.__name__} {Op(self.op).name} {where}>"
 
 
 class World:
@@ -191,17 +207,17 @@ class World:
         if not flight.executed:
             disk.execute(flight)
             if self.mix.early and self.chooser.choose(4) == 3:
-                self.note(node, "executes", flight.op)
+                self.note(node, "executes", Brief(flight.op))
                 return
         done = [flight]
-        if len(disk.flights) > 1 and self.chooser.choose(3) == 2:
+        if self.mix.early and len(disk.flights) > 1 and self.chooser.choose(3) == 2:
             done += [f for f in disk.flights if f.executed and f is not flight]
         self._complete(node, volume, done)
 
     def _complete(self, node: Node, volume: int, done: list[Any]) -> None:
         assert node.engine is not None
         ops = [node.disks[volume].complete(f) for f in done]
-        self.note(node, "disk done", *ops)
+        self.note(node, "disk done", *map(Brief, ops))
         node.engine.now = self.now
         node.engine.disk_done(ops)
         node.pump()
@@ -259,7 +275,7 @@ class World:
         room = self.mix.queue_depth - len(node.clients.open)
         n = 1 + self.chooser.choose(min(room, 4))
         batch = [self._request(node, volume) for _ in range(n)]
-        self.note(node, "submits", *batch)
+        self.note(node, "submits", *map(Brief, batch))
         assert node.engine is not None
         node.engine.now = self.now
         node.engine.submit(volume, batch)
@@ -313,7 +329,7 @@ class World:
         if ask is None:
             self.fail("answers", f"{request!r} was answered twice, or never asked")
             return
-        self.note(node, "answered", request)
+        self.note(node, "answered", Brief(request))
         self.checks.finished(node, ask)
 
     # ------------------------------------------------------------------ the operator
