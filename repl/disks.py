@@ -93,6 +93,7 @@ class Disks:
         vol.io_holds += 1
         if s.connected:
             vol.found_disk, vol.found_pdsk = found.disk, found.pdsk
+            vol.peer_uuids = None  # the peer tells its set as it is now once it hears of our disk (drbd_adm_attach)
             new = replace(s, disk=DiskState.NEGOTIATING)
         else:
             new = found

@@ -183,6 +183,8 @@ class Peer:
         old = vol.state
         if old.conn <= ConnState.TEAR_DOWN:
             return
+        if old.disk == DiskState.NEGOTIATING <= ps.disk and vol.peer_uuids is None:
+            return  # said before the peer heard of our disk: its set and another state follow
         peer_disk = ps.disk
         if peer_disk == DiskState.NEGOTIATING:
             really = vol.peer_uuid_flags & REALLY_INCONSISTENT

@@ -13,7 +13,7 @@ from tandem.repl.events import Attach, Attached, ReleaseDisk, RunHandler
 from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
 from tandem.repl.requests import META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, pack_data
+from tandem.repl.wire import Packet, Uuids, pack_data, pack_state
 
 from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
 
@@ -157,6 +157,19 @@ def test_attaching_while_connected_waits_for_the_decision() -> None:
     lone.data(lone.parameters(replace(PEER_SECONDARY, conn=C.CONNECTED)))
     lone.settle()
     assert lone.local_disk() == D.UP_TO_DATE
+
+
+def test_what_the_peer_said_before_it_heard_of_our_disk_decides_nothing() -> None:
+    """Its generations may have moved since the handshake: it tells them again, and then its state."""
+    lone = Lone().ready()
+    lone.run("detach", force=True)
+    lone.forget()
+    found(lone, generations=(0x20, 0x10, 0, 0))
+    before = pack_state(replace(PEER_SECONDARY, conn=C.CONNECTED).word(), 0)  # on its way when we attached
+    lone.data(before)
+    assert lone.local_disk() == D.NEGOTIATING and lone.conn() == C.CONNECTED
+    lone.data(Uuids(0x30, 0x20, 0x10, 0, 0, 0).pack(0), before)
+    assert lone.conn() == C.WF_BITMAP_T
 
 
 def test_a_disk_that_is_negotiating_when_the_link_breaks_is_what_was_found() -> None:
