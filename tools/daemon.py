@@ -20,10 +20,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import click
 import uvloop
@@ -148,21 +149,37 @@ def hold_pid_file(paths: NodePaths, resource: str) -> int:
 # ------------------------------------------------------------------------------------------ daemon
 
 
-class Daemon:
-    """The life of one resource's process. `run` is the loop's main coroutine."""
+class FrontEnd(Protocol):
+    """Where the volumes of a resource are offered: `Exports`, or the program that the node lives in."""
 
-    def __init__(self, options: Options, config: ResourceConfig) -> None:
+    async def apply(self, config: ResourceConfig) -> None:
+        """Offer exactly the volumes of *config*; DeviceError says what cannot be."""
+
+    async def stop(self, drain_s: float) -> None:
+        """Offer nothing more; requests that were taken get *drain_s* seconds to be answered."""
+
+
+class Daemon:
+    """The life of one resource. `run` is the loop's main coroutine.
+
+    Without *front* the volumes are offered where their ``device`` says, and the process is ours, with its
+    signals; with it the process is another program's, which offers them and calls `end`.
+    """
+
+    def __init__(self, options: Options, config: ResourceConfig, front: FrontEnd | None = None) -> None:
         self.options = options
         self.config = config
         self.runtime = Runtime(config)
-        self.exports = Exports(
+        self.own_process = front is None
+        self.exports: FrontEnd = front or Exports(
             options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text)
         )
         self.control = ControlServer(options.paths.control(config.name), self)
         self.loop = asyncio.get_running_loop()
+        self.when_ready: Callable[[], None] = self._tell_starter
         self.ended = asyncio.Event()
         self.code = 0
-        self._signalled = False
+        self._asked_to_end = False
         self._why_alone = ""  # why the connection was given up last
 
     # --------------------------------------------- what the control thread asks (control.Backend)
@@ -270,15 +287,16 @@ class Daemon:
     async def run(self) -> int:
         """Serve until `down` or a signal; the exit code. StartError when that cannot begin."""
         self.loop.set_exception_handler(self._failed)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._signal, number)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if self.own_process:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.loop.add_signal_handler(number, self._signal, number)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.runtime.subscribe(self._notified)
         try:
             await self._start()
             if not self.options.background:
                 await self._bring_up()
-            self._ready()
+            self.when_ready()
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
@@ -310,7 +328,7 @@ class Daemon:
     async def _stop(self) -> None:
         log(self.config.name, "daemon ends")
         await self.exports.stop(DRAIN_S)
-        if self._signalled:
+        if self._asked_to_end:
             try:
                 async with asyncio.timeout(DOWN_S):
                     refusal = await self.runtime.command("down")
@@ -321,7 +339,7 @@ class Daemon:
         await self.runtime.stop()
         await asyncio.to_thread(self.control.stop)
 
-    def _ready(self) -> None:
+    def _tell_starter(self) -> None:
         """Tell whoever started us: tandemadm through its pipe, systemd through its socket."""
         tell_starter(self.options.ready_fd, {"ready": True})
         address = os.environ.get("NOTIFY_SOCKET", "")
@@ -330,11 +348,15 @@ class Daemon:
                 sock.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
 
     def _signal(self, number: int) -> None:
-        if self._signalled:
+        if self._asked_to_end:
             log(self.config.name, "second signal, ending at once", "warning")
             os._exit(128 + number)
         log(self.config.name, f"signal {signal.Signals(number).name}")
-        self._signalled = True
+        self.end()
+
+    def end(self) -> None:
+        """Take the resource down and let `run` return. To be called in the loop's thread."""
+        self._asked_to_end = True
         self.ended.set()
 
     def _notified(self, batch: list[Notify | StateChanged]) -> None:
@@ -408,7 +430,8 @@ def tell_starter(fd: int, message: Json) -> None:
 # -------------------------------------------------------------------------------------------- main
 
 
-def _config(options: Options) -> ResourceConfig:
+def configured(options: Options) -> ResourceConfig:
+    """The resource that *options* name, from the file or from whoever started us; StartError without one."""
     if options.background:
         return unpack(ResourceConfig, json.load(sys.stdin))
     from .conf import ConfigError, load  # The grammar library is slow to import.
@@ -425,7 +448,7 @@ def _config(options: Options) -> ResourceConfig:
 def serve(options: Options) -> int:
     """Run the daemon of one resource in this process; the exit code."""
     try:
-        config = _config(options)
+        config = configured(options)
         options.paths.make()
         pid_file = hold_pid_file(options.paths, config.name)
         try:
