@@ -10,13 +10,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 
-.PHONY: help demo test lab sim bench lint docs clean programs
+.PHONY: help demo migrate-demo test lab sim bench lint docs clean programs
 
 help:  ## This list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## Two mirrored nodes to play with; STORY=1 plays a failover unattended, SEED= repeats one.
 	@$(BIN)/python -m tandem.tools.demo $(if $(STORY),--story) $(if $(SEED),--seed $(SEED))
+
+migrate-demo: $(VENV)/.installed  ## A kernel's DRBD pair becomes a Tandem pair and a kernel's again, in use; needs root.
+	@tests/debian-packages.sh tests/lab/debian-packages.txt
+	@$(BIN)/python -m tests.lab.migrate
 
 test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, unit tests, simulator, real programs.
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from tandem.repl.events import ResourceStatus
 from tandem.tools.client import Client, DaemonError
 from tandem.tools.paths import NodePaths
 
@@ -55,14 +56,20 @@ class State:
         return State(swapped.get(self.cs, self.cs), self.peer, self.role, self.pdsk, self.disk, self.oos)
 
 
-class Node(Protocol):
-    """What the tests need of either side."""
+class Watched(Protocol):
+    """What can be waited for."""
 
     name: str
+
+    def state(self, volume: int = 0) -> State: ...
+
+
+class Node(Watched, Protocol):
+    """What the tests need of either side."""
+
     is_kernel: bool
 
     def adm(self, *words: str, check: bool = True) -> Ran: ...
-    def state(self, volume: int = 0) -> State: ...
     def disk_file(self, volume: int = 0) -> Path: ...
     def write(self, offset: int, length: int, seed: int, volume: int = 0) -> None: ...
     def trim(self, offset: int, length: int) -> None: ...
@@ -71,7 +78,7 @@ class Node(Protocol):
     def fio(self, *options: str, volume: int = 0) -> str: ...
 
 
-def wait(node: Node, until: Callable[[State], bool], what: str, volume: int = 0, limit_s: float = WAIT_S) -> State:
+def wait(node: Watched, until: Callable[[State], bool], what: str, volume: int = 0, limit_s: float = WAIT_S) -> State:
     """Poll a node's state until it is as wanted; an AssertionError that names both states if it never is."""
     deadline = time.monotonic() + limit_s
     while True:
@@ -83,12 +90,35 @@ def wait(node: Node, until: Callable[[State], bool], what: str, volume: int = 0,
         time.sleep(0.1)
 
 
-def wait_state(node: Node, volume: int = 0, limit_s: float = WAIT_S, **fields: str | int) -> State:
+def wait_state(node: Watched, volume: int = 0, limit_s: float = WAIT_S, **fields: str | int) -> State:
     """Wait until the named fields of `State` have these values."""
     words = " ".join(f"{name}:{value}" for name, value in fields.items())
     return wait(
         node, lambda s: all(getattr(s, name) == value for name, value in fields.items()), words, volume, limit_s
     )
+
+
+def kernel_state(proc_drbd: str, volume: int = 0) -> State:
+    """What the text of /proc/drbd says about one volume."""
+    for found in _PROC_LINE.finditer(proc_drbd):
+        minor, cs, role, peer, disk, pdsk, oos = found.groups()
+        if int(minor) == volume:
+            return State(cs) if role is None else State(cs, role, peer, disk, pdsk, int(oos or 0))
+    return State(UNCONFIGURED)
+
+
+def tandem_state(status: ResourceStatus, volume: int = 0) -> State:
+    """What a daemon's status says about one volume."""
+    mine = [v for v in status.volumes if v.number == volume]
+    peer = [v for v in status.connection.volumes if v.number == volume]
+    if not mine:
+        return State(UNCONFIGURED)
+    return State(
+        peer[0].replication if peer and peer[0].replication not in ("Off", "Established")
+        else status.connection.cstate,
+        status.role, status.connection.role, mine[0].disk, peer[0].peer_disk if peer else "DUnknown",
+        peer[0].out_of_sync // 1024 if peer else 0,
+    )  # fmt: skip
 
 
 class KernelNode:
@@ -115,11 +145,7 @@ class KernelNode:
         return self.guest.run("drbdadm", *words, check=check)
 
     def state(self, volume: int = 0) -> State:
-        for found in _PROC_LINE.finditer(self.guest.read("/proc/drbd")):
-            minor, cs, role, peer, disk, pdsk, oos = found.groups()
-            if int(minor) == volume:
-                return State(cs) if role is None else State(cs, role, peer, disk, pdsk, int(oos or 0))
-        return State(UNCONFIGURED)
+        return kernel_state(self.guest.read("/proc/drbd"), volume)
 
     def disk_file(self, volume: int = 0) -> Path:
         return self.guest.disks[volume]
@@ -190,16 +216,7 @@ class TandemNode:
                 status = client.status()
         except DaemonError:
             return State(UNCONFIGURED)
-        mine = [v for v in status.volumes if v.number == volume]
-        peer = [v for v in status.connection.volumes if v.number == volume]
-        if not mine:
-            return State(UNCONFIGURED)
-        return State(
-            peer[0].replication if peer and peer[0].replication not in ("Off", "Established")
-            else status.connection.cstate,
-            status.role, status.connection.role, mine[0].disk, peer[0].peer_disk if peer else "DUnknown",
-            peer[0].out_of_sync // 1024 if peer else 0,
-        )  # fmt: skip
+        return tandem_state(status, volume)
 
     def size(self, volume: int = 0) -> int:
         with Client(self.paths, RES) as client:

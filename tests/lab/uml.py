@@ -234,6 +234,13 @@ class Guest:
             raise CommandFailed(f"{self.name}: {path}: {reply['err']}")
         return str(reply["out"])
 
+    def ask_socket(self, path: str, line: str) -> str:
+        """Send a line to a Unix socket of the guest; the line that comes back. CommandFailed if nobody is there."""
+        reply = self._ask({"unix": path, "send": line}, RUN_S)
+        if not reply["out"]:
+            raise CommandFailed(f"{self.name}: {path}: {reply['err'] or 'no answer'}")
+        return str(reply["out"])
+
     def kernel_log(self) -> list[str]:
         """What the kernel said since it booted, or since `clear_kernel_log`."""
         return self.run("dmesg").out.splitlines()

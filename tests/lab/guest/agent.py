@@ -1,7 +1,8 @@
 """Runs commands inside a guest for the test outside: one TCP connection, one JSON line each way.
 
 The request is {"argv", "stdin"} for a command, {"read"} for a file (a process start is slow in a guest),
-or {"spawn"} for a command that goes on after the answer. Bytes travel as Latin-1 text. When the caller
+{"unix", "send"} for a line to whoever listens on a Unix socket, answered with the line that comes back, or
+{"spawn"} for a command that goes on after the answer. Bytes travel as Latin-1 text. When the caller
 hangs up, the command's process group is killed.
 """
 
@@ -21,6 +22,11 @@ def answer(request: dict[str, Any], sock: socket.socket) -> dict[str, Any]:
     if "read" in request:
         with open(request["read"], "rb") as file:
             return {"rc": 0, "out": file.read().decode("latin-1"), "err": ""}
+    if "unix" in request:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(request["unix"])
+            other.sendall(request["send"].encode("latin-1") + b"\n")
+            return {"rc": 0, "out": other.makefile("rb").readline().decode("latin-1"), "err": ""}
     if "spawn" in request:
         with open(request["log"], "ab") as log:
             process = subprocess.Popen(
