@@ -49,6 +49,7 @@ from .export import ReplicatedVolume
 from .handlers import TIME_LIMIT_S, Handlers
 from .link import Link
 from .storage import Storage
+from .vigil import Vigil
 from .workers import Completions
 
 # Bytes waiting for disk workers at which neither clients nor the peer are read any further; about what a
@@ -120,6 +121,7 @@ class Runtime:
         )  # fmt: skip
         self.handlers = Handlers(self._report, self._notify, handler_limit_s)
         self._posted: Completions[Callable[[], None]] = Completions(loop, self._run_posted, self._fatal)
+        self._vigil = Vigil(loop)
         self._inside = False  # a wake-up is being worked on
         self._fresh = True  # something was told to the machine since it was last asked what it wants
         self._stopped = False
@@ -221,6 +223,7 @@ class Runtime:
             call(*args)  # the flush we are in goes round once more
             return
         self._inside = True
+        self._vigil.woken()
         try:
             self.engine.now = self._loop.time()
             call(*args)
@@ -242,6 +245,7 @@ class Runtime:
         """Carry out what the machine wants until it wants nothing and nobody has anything new for it."""
         engine, link, disk = self.engine, self.link, self.disk
         finished: list[Request] = []
+        n_ops = 0
         self._fresh = True
         while not self._stopped:
             if self._fresh:
@@ -254,6 +258,7 @@ class Runtime:
                 ended = disk.start(out.disk) if out.disk else None
                 for effect in out.effects:
                     self._effects[type(effect)](effect)
+                n_ops += len(out.disk) + len(out.done)
                 finished += out.done
                 if ended:
                     engine.disk_done(ended)
@@ -275,6 +280,7 @@ class Runtime:
         if disk.backlog or self._disk_full:
             self._watch_disk()
         self._look_soon()
+        self._vigil.watch(n_ops)
 
     def _publish(self) -> None:
         """Tell subscribers the news of this wake-up; of several state changes they hear once."""

@@ -1,0 +1,79 @@
+"""When the loop stays awake instead of going to sleep: while the next event is likely within microseconds.
+
+A lone write crosses two processes and comes back, and whoever sleeps meanwhile has to be woken: some 10 µs for
+the one who sends, and as much again for the one who wakes up, which is more than all the work on the write. So
+after a wake-up the loop looks a little longer, without sleeping, as long as that was worth it lately. How long
+is learnt from the waits themselves, as hypervisors do it for idle processors (Linux, halt polling).
+
+It takes no processor from anybody: with each look it offers its own to whoever waits for one. Where somebody did
+and kept it, the machine has better things to do, and the loop sleeps as usual for a while. It also stops where
+looking would be in the way of batches: under load nobody sleeps anyway, and work piles up by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+LOOK_MAX_S: Final = 100e-6  # about twice the way to the peer's disk and back
+LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is worth
+AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
+REST_S: Final = 1.0  # how long a machine counts as busy on which the processor was away for that long
+LONE: Final = 2.0  # operations per wake-up, on average, above which batches do better
+
+
+class Vigil:
+    """Keeps *loop* awake after wake-ups that are likely to be followed by another one at once.
+
+    *clock* gives seconds, *offer* lets whoever waits for a processor have this one; both are there for tests.
+    """
+
+    __slots__ = ("_began", "_clock", "_looking", "_loop", "_offer", "_rest_until", "_size", "_until", "_window")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic,
+        offer: Callable[[], None] = os.sched_yield,
+    ) -> None:  # fmt: skip
+        self._loop = loop
+        self._clock = clock
+        self._offer = offer
+        self._looking = False
+        self._window = 0.0  # how long the loop looks for the next event; 0: not at all
+        self._until = 0.0
+        self._began = 0.0  # when the last wake-up ended
+        self._rest_until = 0.0  # the machine is busy until then
+        self._size = LONE  # operations per wake-up, a moving average
+
+    def woken(self) -> None:
+        """Something has happened: learn from how long it took."""
+        if self._looking:
+            return  # in time
+        waited = self._clock() - self._began
+        if waited > LOOK_MAX_S:
+            self._window = 0.0
+        elif waited > self._window:
+            self._window = min(max(2 * self._window, LOOK_FIRST_S), LOOK_MAX_S)
+
+    def watch(self, n: int) -> None:
+        """A wake-up with *n* operations has ended."""
+        self._size += (n - self._size) / 8
+        self._began = self._clock()
+        self._until = self._began + self._window if self._size < LONE else 0.0
+        if not self._looking and self._rest_until < self._began < self._until:
+            self._looking = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """The loop polls its descriptors without waiting, because this call is always due again."""
+        now = self._clock()
+        if now < self._until:
+            self._offer()
+            back = self._clock()
+            if back - now < AWAY_S:
+                self._loop.call_soon(self._look)
+                return
+            self._rest_until = back + REST_S
+        self._looking = False

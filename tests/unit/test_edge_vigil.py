@@ -1,0 +1,90 @@
+"""When the loop stays awake: learnt from waits, never against batches, and not where the processor is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from tandem.repl.edge.vigil import AWAY_S, LOOK_FIRST_S, LOOK_MAX_S, REST_S, Vigil
+
+LOOK_S = 2e-6  # what one look takes here
+
+
+class World:
+    """A loop that does nothing else, a clock, and somebody who may keep the processor."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.kept_s = 0.0
+        self.soon: list[Callable[[], None]] = []
+        self.n_looks = 0
+        self.vigil = Vigil(cast(Any, self), lambda: self.now, self.offer)
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        self.soon.append(call)
+
+    def offer(self) -> None:
+        self.n_looks += 1
+        self.now += LOOK_S + self.kept_s
+
+    def event_after(self, seconds: float, n: int = 1) -> bool:
+        """An event with *n* operations; returns whether the loop was awake when it came."""
+        at = self.now + seconds
+        while self.soon and self.now < at:
+            self.soon.pop(0)()
+        awake = bool(self.soon)
+        self.now = max(self.now, at)
+        self.vigil.woken()
+        self.vigil.watch(n)
+        return awake
+
+
+def test_short_waits_teach_the_loop_to_stay_awake() -> None:
+    world = World()
+    seen = [world.event_after(50e-6) for _ in range(12)]
+    assert not seen[0]
+    assert all(seen[-8:])
+
+
+def test_a_long_wait_ends_it_after_a_moment() -> None:
+    world = World()
+    for _ in range(12):
+        world.event_after(50e-6)
+    began, world.n_looks = world.now, 0
+    assert not world.event_after(1.0)
+    assert world.n_looks <= LOOK_MAX_S / LOOK_S + 1
+    assert world.now >= began + 1.0
+    world.n_looks = 0
+    assert not world.event_after(1.0)
+    assert not world.n_looks  # seldom events are not waited for
+
+
+def test_the_first_short_wait_is_worth_little() -> None:
+    world = World()
+    world.event_after(1.0)
+    world.event_after(LOOK_FIRST_S / 2)
+    world.n_looks = 0
+    world.event_after(1.0)
+    assert 0 < world.n_looks <= LOOK_FIRST_S / LOOK_S + 1
+
+
+def test_batches_are_not_hurried() -> None:
+    world = World()
+    for _ in range(40):
+        world.event_after(10e-6, n=8)
+    assert not world.event_after(10e-6, n=8)
+    assert not world.soon
+
+
+def test_a_processor_that_is_wanted_is_left_alone() -> None:
+    world = World()
+    for _ in range(12):
+        world.event_after(50e-6)
+    world.kept_s = AWAY_S
+    world.event_after(50e-6)
+    world.kept_s = 0.0
+    rested_from = world.now
+    while world.now < rested_from + REST_S - 1e-3:
+        assert not world.event_after(50e-6)
+    world.event_after(1e-3)
+    assert any(world.event_after(50e-6) for _ in range(12))
