@@ -18,6 +18,7 @@ from . import aftermath, report
 from .agreement import LOST, Agreement
 from .commands import Commands
 from .config import Fencing, ResourceConfig
+from .conflicts import Conflicts
 from .digests import Digest, digest, hmac_hash
 from .disks import Disks
 from .errors import PeerProtocolError, Refusal
@@ -95,6 +96,7 @@ class Engine:
         self.flushes = Flushes(self)
         self.mirror = Mirror(self)
         self.replica = Replica(self)
+        self.conflicts = Conflicts(self)
         self.resync = Resync(self)
         self.verify = Verify(self)
         self.link = Link(self)
@@ -193,6 +195,8 @@ class Engine:
         for vol in self.volumes.values():
             if vol.target is not None and not vol.n_untracked:
                 self.resync.progressed(vol)
+            if vol.behind_peer:
+                self.conflicts.peer_progressed(vol)
         self._maybe_connect()
 
     # ------------------------------------------------------------------------------ control plane
@@ -235,6 +239,7 @@ class Engine:
         self.now = now
         self.log.tick(now)
         self.replica.tick()
+        self.conflicts.tick(now)
         self.resync.tick(now)
         self.verify.tick(now)
         self.liveness.tick(now)
@@ -249,7 +254,7 @@ class Engine:
         """When `tick` is wanted next; None: only after something else happens."""
         times = [
             self.log.barrier_at, self.replica.deadline(), self.resync.deadline(), self.liveness.deadline(),
-            self.verify.deadline(),
+            self.verify.deadline(), self.conflicts.deadline(),
             self._connect_at if not self._connect_blocked() else None,
             *(t[0] for t in self._timers),
         ]  # fmt: skip

@@ -67,6 +67,17 @@ class Intervals:
                 return other
         return None
 
+    def overlapping(self, offset: int, length: int) -> list[Range]:
+        """All that share a block with the range."""
+        first, end = offset >> BLOCK_SHIFT, (offset + length + BLOCK - 1) >> BLOCK_SHIFT
+        busy = self.busy
+        if end - first <= len(busy):
+            found = {busy[block]: None for block in range(first, end) if block in busy}
+        else:
+            found = {other: None for block, other in busy.items() if first <= block < end}
+        probe = Lock(offset, length)
+        return [*found, *(other for other in self.large if overlap(other, probe))]
+
     def add(self, entry: Range) -> None:
         """Enter a range that `blocker` found free."""
         if self._is_large(entry):
@@ -87,6 +98,10 @@ class Intervals:
             ):
                 del busy[block]
         return self._waiters.pop(entry, []) if self._waiters else []
+
+    def take_waiters(self, entry: Range) -> list[Callable[[], None]]:
+        """What waits for *entry*, which stays: they are to look again."""
+        return self._waiters.pop(entry, [])
 
     @property
     def has_waiters(self) -> bool:
@@ -123,6 +138,14 @@ class OrderedIntervals:
 
     def __bool__(self) -> bool:
         return bool(self._held) or bool(self._queue)
+
+    def blocker(self, offset: int, length: int) -> Range | None:
+        """What overlaps the range, started or waiting; or None."""
+        held = self._held.blocker(offset, length)
+        if held is not None or not self._queue:
+            return held
+        probe = Lock(offset, length)
+        return next((other for other, _ in self._queue if overlap(other, probe)), None)
 
     def enter(self, entry: Range, start: Callable[[], None]) -> None:
         """Call *start* once *entry* is at the head of all it overlaps: now, or when `leave` makes way."""

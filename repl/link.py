@@ -180,7 +180,7 @@ class Link:
         for number in sorted(e.volumes):
             vol = e.volumes[number]
             vol.peer_uuids = None
-            vol.seq = 0
+            vol.seq = vol.peer_seq = 0
             vol.discard_my_data = self.discard_my_data
             self.send_sync_param(vol)
             e.peer.send_sizes(vol, 0)
@@ -358,7 +358,6 @@ class Link:
             Packet.BARRIER: lambda vol, p: self.e.replica.barrier(unpack_barrier(p)),
             Packet.BITMAP: lambda vol, p: self.e.resync.receive_bitmap(vol, p, False),
             Packet.COMPRESSED_BITMAP: lambda vol, p: self.e.resync.receive_bitmap(vol, p, True),
-            Packet.UNPLUG_REMOTE: None,
             Packet.DATA_REQUEST: self._data_request,
             Packet.RS_DATA_REQUEST: self._rs_request(False),
             Packet.RS_THIN_REQ: self._rs_request(True),
@@ -366,7 +365,6 @@ class Link:
             Packet.OV_REQUEST: self._verify_request,
             Packet.OV_REPLY: lambda vol, p: self.e.verify.replied(vol, *unpack_block_req(p), bytes(p[24:])),
             Packet.PROTOCOL: self._protocol,
-            Packet.PROTOCOL_UPDATE: None,
             Packet.SYNC_PARAM89: self._sync_param,
             Packet.SIZES: lambda vol, p: self.e.peer.receive_sizes(vol, p),
             Packet.UUIDS: lambda vol, p: self.e.peer.receive_uuids(vol, p),
@@ -375,7 +373,7 @@ class Link:
             Packet.STATE_CHG_REQ: lambda vol, p: self.e.agreement.requested(vol, *unpack_state_change(p)),
             Packet.CONN_ST_CHG_REQ: lambda vol, p: self.e.agreement.requested(None, *unpack_state_change(p)),
             Packet.OUT_OF_SYNC: self._out_of_sync,
-            Packet.DELAY_PROBE: None,
+            **dict.fromkeys((Packet.UNPLUG_REMOTE, Packet.PROTOCOL_UPDATE, Packet.DELAY_PROBE)),
         }
 
     def _check_request(self, vol: Volume, sector: int, size: int) -> None:
@@ -399,20 +397,20 @@ class Link:
         return data
 
     def _write(self, vol: Volume, payload: memoryview) -> None:
-        sector, block_id, _, flags = unpack_data(payload)
+        sector, block_id, seq, flags = unpack_data(payload)
         data = self._payload(payload, payload[24:])
         if not len(data) and not flags & DP_FLUSH:
             raise PeerProtocolError("P_DATA without data and without the flush flag")
         self._check_range(vol, sector, len(data))
-        self.e.replica.write(vol, Packet.DATA, sector, block_id, flags, len(data), data)
+        self.e.replica.write(vol, Packet.DATA, sector, block_id, flags, len(data), data, seq)
 
     def _trim_or_zeroes(self, cmd: int) -> Callable[[Volume, memoryview], None]:
         def handle(vol: Volume, payload: memoryview) -> None:
-            sector, block_id, _, flags, size = unpack_trim(payload)
+            sector, block_id, seq, flags, size = unpack_trim(payload)
             if size > DISCARD_MAX:
                 raise PeerProtocolError(f"{Packet(cmd).name} of {size} bytes; 128 MiB is the limit")
             self._check_range(vol, sector, size)
-            self.e.replica.write(vol, cmd, sector, block_id, flags, size, None)
+            self.e.replica.write(vol, cmd, sector, block_id, flags, size, None, seq)
 
         return handle
 
@@ -490,6 +488,7 @@ class Link:
         finally:  # what was acked before any nonsense is answered all the same
             if finished:
                 self.e.mirror.finish(finished)
+        self.e.conflicts.acks_arrived()
         return at if self.alive else n
 
     def _write_acks(self, view: memoryview, at: int, finished: list[Request]) -> int:
@@ -511,6 +510,7 @@ class Link:
                 if vol is None or vol.number != r.volume:
                     if vol is not None:
                         vol.n_pending -= n_pending
+                        vol.saw(unpack(view, at - 80)[8])
                     vol, n_pending = volumes[r.volume], 0
                 n_pending += 1
                 r.waiting &= ~PEER
@@ -518,6 +518,7 @@ class Link:
                     finished.append(r)
         if vol is not None:
             vol.n_pending -= n_pending
+            vol.saw(unpack(view, at - 40)[8])
         return at
 
     def _flush_or_unknown(self, number: int, sector: int, block_id: int, r: PeerFlush | Request | None) -> None:
@@ -547,7 +548,8 @@ class Link:
 
     def _ack(self, vol: Volume, cmd: int, payload: memoryview, finished: list[Request]) -> None:
         """The acks that are not plain write acks."""
-        sector, block_id, size, _ = unpack_ack(payload)
+        sector, block_id, size, seq = unpack_ack(payload)
+        vol.saw(seq)
         e = self.e
         if cmd == Packet.NEG_DREPLY:
             e.mirror.read_refused(vol, block_id)
@@ -565,12 +567,14 @@ class Link:
                 e.resync.block_acked(vol, sector, size)
             elif cmd == Packet.NEG_ACK:
                 e.resync.block_refused(vol, size)
-        elif cmd in (Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.RECV_ACK):
+        elif cmd in _WRITE_ANSWERS:
             r = e.log.inflight.pop(block_id, None)
             if r is None or isinstance(r, PeerFlush):
                 self._flush_or_unknown(vol.number, sector, block_id, r)
             elif r.offset >> 9 != sector:
                 raise PeerProtocolError(f"ack for sector {sector}, the write was at {r.offset >> 9}")
+            elif cmd in (Packet.SUPERSEDED, Packet.RETRY_WRITE):
+                e.conflicts.refused(r, cmd, finished)
             else:
                 e.mirror.peer_acked(r, cmd == Packet.RS_WRITE_ACK, finished)
         elif cmd == Packet.NEG_ACK:
@@ -583,18 +587,13 @@ class Link:
                 e.mirror.peer_refused(r, finished)
             else:  # protocols A and B answered it long ago
                 vol.set_out_of_sync(sector << 9, size)
-        else:
-            raise PeerProtocolError(f"{Packet(cmd).name} without two Primaries")
 
 
 _WRITE_ACK: Final = int(Packet.WRITE_ACK)
 _CONNECTION_WIDE: Final = frozenset(
     (Packet.PROTOCOL, Packet.PROTOCOL_UPDATE, Packet.BARRIER, Packet.CONN_ST_CHG_REQ, Packet.UNPLUG_REMOTE)
 )
-_ACKS: Final = frozenset(
-    (
-        Packet.RECV_ACK, Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.SUPERSEDED, Packet.NEG_ACK,
-        Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC,
-        Packet.RS_CANCEL, Packet.RETRY_WRITE,
-    )
-)  # fmt: skip
+_WRITE_ANSWERS: Final = {Packet.RECV_ACK, Packet.WRITE_ACK, Packet.RS_WRITE_ACK, Packet.SUPERSEDED, Packet.RETRY_WRITE}
+_ACKS: Final = _WRITE_ANSWERS | {
+    Packet.NEG_ACK, Packet.NEG_DREPLY, Packet.NEG_RS_DREPLY, Packet.OV_RESULT, Packet.RS_IS_IN_SYNC, Packet.RS_CANCEL,
+}  # fmt: skip

@@ -26,6 +26,7 @@ from .transfer_log import (
     MIRRORED,
     PEER,
     PEER_OK,
+    POSTPONED,
 )
 from .units import extents_touched
 from .volume import Volume
@@ -245,7 +246,7 @@ class Mirror:
             vol.al_waiting.append(r)
             self.kick_activity_log(vol)
             return
-        self._dispatch(vol, r)
+        self.dispatch(vol, r)
 
     def _take_extents(self, vol: Volume, r: Request) -> bool:
         """References on all extents of the request, or none; wishes for those that are cold."""
@@ -280,13 +281,13 @@ class Mirror:
         for _ in range(len(vol.al_waiting)):
             r = vol.al_waiting.popleft()
             if not vol.local or self._take_extents(vol, r):
-                self._dispatch(vol, r)
+                self.dispatch(vol, r)
             else:
                 vol.al_waiting.append(r)
         self.e.replica.extents_ready(vol)
         self.kick_activity_log(vol)
 
-    def _dispatch(self, vol: Volume, r: Request) -> None:
+    def dispatch(self, vol: Volume, r: Request) -> None:
         """Start a write that holds its range (and extents): to the disk, to the peer, or to both."""
         state = vol.state
         if (
@@ -299,6 +300,8 @@ class Mirror:
         if state.disk != DiskState.UP_TO_DATE and state.pdsk != DiskState.UP_TO_DATE:
             self._release(vol, r)
             self._fail(vol, r, errno.EIO)
+            return
+        if vol.dual and self.e.conflicts.peer_first(vol, r):
             return
         r.waiting = 0
         if vol.mirror:
@@ -426,16 +429,20 @@ class Mirror:
             if not r.waiting:
                 finished.append(r)
 
+    def peer_let_go(self, r: Request, finished: list[Request]) -> None:
+        """The peer did not take this write; what becomes of it is decided when the local disk has it."""
+        if r.waiting & PEER:
+            r.waiting &= ~PEER
+            self.e.volumes[r.volume].n_pending -= 1
+            if not r.waiting:
+                finished.append(r)
+
     def peer_refused(self, r: Request, finished: list[Request]) -> None:
         """P_NEG_ACK: the peer does not have this write."""
         vol = self.e.volumes[r.volume]
         vol.set_out_of_sync(r.offset, r.length)
         r.legs &= ~PEER_OK
-        if r.waiting & PEER:
-            r.waiting &= ~PEER
-            vol.n_pending -= 1
-            if not r.waiting:
-                finished.append(r)
+        self.peer_let_go(r, finished)
 
     def finish(self, finished: list[Request]) -> None:
         """These requests have no leg out any more: settle what they leave behind and answer them."""
@@ -454,11 +461,16 @@ class Mirror:
         intervals, busy = vol.intervals, vol.intervals.busy
         has_waiters = intervals.has_waiters
         waiters = []
+        postponed = False
         for r in requests:
             if r.op == _READ:
                 continue
             legs = r.legs
             if legs & BOTH_OK != BOTH_OK or legs & IN_SYNC:
+                if legs & POSTPONED:  # keeps its range, and makes way for the other Primary's write
+                    waiters += intervals.take_waiters(r)
+                    postponed = True
+                    continue
                 self._settle(vol, r)
                 has_waiters = intervals.has_waiters
             offset, length = r.offset, r.length
@@ -472,7 +484,7 @@ class Mirror:
             if not legs & IN_LOG:
                 self.log.drop_extents(vol, r)
             r.payload = None
-        self.answer(vol, requests)
+        self.answer(vol, [r for r in requests if not r.legs & POSTPONED] if postponed else requests)
         for wake in waiters:
             wake()
 
@@ -496,6 +508,11 @@ class Mirror:
         self.log.drop_extents(vol, r)
         for wake in vol.intervals.remove(r):
             wake()
+
+    def again(self, vol: Volume, r: Request) -> None:
+        """Start a write anew that was on the local disk already."""
+        self._release(vol, r)
+        self.enter(vol, r)
 
     def answer(self, vol: Volume, requests: list[Request]) -> None:
         """Hand requests back, unless answers are held (a new generation is not durable, I/O is frozen)."""
@@ -536,7 +553,7 @@ class Mirror:
                 holder.legs &= ~AL_REF
         for _ in range(len(vol.al_waiting)):
             r = vol.al_waiting.popleft()
-            self._dispatch(vol, r)
+            self.dispatch(vol, r)
 
     # ------------------------------------------------------------------------------ time
 

@@ -68,7 +68,8 @@ class PeerEpoch:
 class PeerWrite(DiskOp):
     """One write of the peer: the disk operation and what its ack needs."""
 
-    __slots__ = ("al_ref", "block_id", "dp", "epoch", "sector", "tracked")
+    __slots__ = ("al_ref", "block_id", "dp", "epoch", "sector", "seq", "tracked")
+    seq: int  # only of writes that came the long way
 
     def __init__(
         self, op: int, volume: int, sector: int, length: int, payload: Buffer | None, flags: int,
@@ -146,19 +147,21 @@ class Replica:
             vol.n_untracked += count
             vol.n_unacked += count
             vol.bytes_received += received
+            vol.saw(unpack(view, at - 40 - disk[-1].length)[7])
         return at
 
     def plain(self, vol: Volume) -> bool:
         """May `receive_run` be used for this volume now?"""
         return (
-            vol.local and self.stall is None and vol.state.conn == ConnState.CONNECTED
-            and vol.state.pdsk >= DiskState.INCONSISTENT and self.e.config.net.protocol == "C"
-            and self.e.peer_integrity is None
+            vol.local and not vol.dual and self.stall is None and not self.stalled
+            and vol.state.conn == ConnState.CONNECTED and vol.state.pdsk >= DiskState.INCONSISTENT
+            and self.e.config.net.protocol == "C" and self.e.peer_integrity is None
         )  # fmt: skip
 
     def write(
-        self, vol: Volume, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Buffer | None
-    ) -> None:
+        self, vol: Volume, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Buffer | None,
+        seq: int,
+    ) -> None:  # fmt: skip
         """One P_DATA, P_TRIM or P_ZEROES, the long way."""
         epoch = self.epoch
         epoch.size += 1
@@ -175,14 +178,16 @@ class Replica:
             if dp & DP_DISCARD:
                 flags |= MAY_UNMAP
         w = PeerWrite(op, vol.number, sector, length, payload, flags, block_id, dp, epoch)
+        w.seq = seq
         vol.n_unacked += 1
         vol.bytes_received += length if payload is not None else 0
         if dp & DP_SEND_RECEIVE_ACK:
             self.e.send_ack(Packet.RECV_ACK, vol, sector, block_id, length)
         if not vol.local:
+            vol.saw(seq)
             self._answer(vol, w, Packet.NEG_ACK)
             self.epochs_check()
-        elif self.stall is not None or self.draining:
+        elif self.stall is not None or self.draining or self.stalled or not self.e.conflicts.in_order(vol, seq):
             self.stalled.append((vol, w))
         else:
             self._start(vol, w)
@@ -195,17 +200,19 @@ class Replica:
             self.draining = self.e.config.net.protocol != "C"
             self._flush()
             return
-        if vol.state.conn == ConnState.CONNECTED and self.e.config.net.protocol == "C":
+        if vol.state.conn == ConnState.CONNECTED and self.e.config.net.protocol == "C" and not vol.dual:
             vol.n_untracked += 1  # the peer sends no overlapping write before it has our ack
-            self._begin(vol, w)
+            self.begin(vol, w)
         else:
             w.tracked = True
-            vol.peer_intervals.enter(w, lambda: self._begin(vol, w))
+            vol.peer_intervals.enter(w, lambda: self.begin(vol, w))
 
-    def _begin(self, vol: Volume, w: PeerWrite) -> None:
+    def begin(self, vol: Volume, w: PeerWrite) -> None:
         """No overlapping write is in front of this one any more: to the disk, if it still takes it."""
         if w.epoch.dead or not vol.local:
-            self._withdraw(vol, w)
+            self.withdraw(vol, w)
+            return
+        if vol.dual and not self.e.conflicts.settle(vol, w):
             return
         if vol.state.pdsk < DiskState.INCONSISTENT:
             # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
@@ -222,7 +229,7 @@ class Replica:
         vol.n_local += 1
         self.e.out.disk.append(w)
 
-    def _withdraw(self, vol: Volume, w: PeerWrite) -> None:
+    def withdraw(self, vol: Volume, w: PeerWrite) -> None:
         """A write that never reached the disk."""
         self._answer(vol, w, Packet.NEG_ACK)
         if w.tracked:
@@ -230,6 +237,15 @@ class Replica:
         else:
             vol.n_untracked -= 1
         self.epochs_check()
+        self.e.conflicts.peer_progressed(vol)
+
+    def refuse(self, vol: Volume, w: PeerWrite, cmd: Packet) -> None:
+        """A write that lost to one of ours (see `conflicts`): it counts in no epoch."""
+        w.epoch.size -= 1
+        self._answer(vol, w, cmd)
+        vol.peer_intervals.leave(w)
+        self.epochs_check()
+        self.e.conflicts.peer_progressed(vol)
 
     def _take_extents(self, vol: Volume, w: PeerWrite) -> bool:
         cold = [extent for extent in extents_touched(w.offset, w.length) if extent not in vol.al.refs]
@@ -246,7 +262,7 @@ class Replica:
         """An activity-log transaction of *vol* ended: try again what waited for it."""
         waiting, self.al_waiting = self.al_waiting, deque()
         for volume, w in waiting:
-            self._begin(volume, w)
+            self.begin(volume, w)
 
     def barrier(self, barrier: int) -> None:
         """P_BARRIER: the epoch is complete."""
@@ -347,6 +363,8 @@ class Replica:
         w.epoch.active -= 1
         if cmd:
             self.e.send_ack(cmd, vol, w.sector, w.block_id, w.length)
+        if self.e.conflicts.postponed:
+            self.e.conflicts.restart(vol, w)
 
     # ------------------------------------------------------------------------------ epochs and flushes
 
@@ -431,9 +449,15 @@ class Replica:
 
     def _ack_epoch(self, epoch: PeerEpoch) -> None:
         assert epoch.barrier is not None
-        self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
+        if epoch.size:  # what was refused is out of the peer's log, and so is an epoch of nothing else
+            self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
         if epoch is self.stall:
             self.stall = None
+            self._unstall()
+
+    def go_on(self) -> None:
+        """What the write at the head waited for may have happened."""
+        if not self.draining:
             self._unstall()
 
     def _unstall(self) -> None:
@@ -441,9 +465,9 @@ class Replica:
         while self.stalled:
             vol, w = self.stalled[0]
             if self.closed and self.closed[0] is not w.epoch and self._strict:
-                self.stall = self.closed[0]
-                self.epochs_check()
-                return
+                break
+            if not self.e.conflicts.in_order(vol, w.seq):
+                break
             self.stalled.popleft()
             self._start(vol, w)
         if self.closed and self._strict:
@@ -467,7 +491,8 @@ class Replica:
             vol.peer_intervals.forget_waiting()
         waiting, self.al_waiting = self.al_waiting, deque()
         for vol, w in waiting:
-            self._withdraw(vol, w)
+            self.withdraw(vol, w)
+        self.e.conflicts.peer_gone()
 
     def deadline(self) -> float | None:
         """When the paced flush of complete epochs is due."""

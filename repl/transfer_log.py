@@ -31,6 +31,7 @@ PEER_OK: Final = 2
 MIRRORED: Final = 4  # the peer was sent the data
 IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
 AL_REF: Final = 16  # holds references on its activity-log extents
+POSTPONED: Final = 64  # the other Primary's write comes first; this one is sent again after it
 IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
 BOTH_OK: Final = LOCAL_OK | PEER_OK
 
@@ -145,6 +146,19 @@ class TransferLog:
         self._shrank()
         return ""
 
+    def take_out(self, r: Request) -> None:
+        """The peer refused this write for one of its own: it counts in no epoch, and no barrier ack is for it."""
+        epoch: Epoch = r.epoch
+        epoch.requests.remove(r)
+        epoch.n_sent -= 1
+        self.n_requests -= 1
+        r.legs &= ~IN_LOG
+        if not epoch.n_sent:  # nor does an epoch without writes get one
+            self.epochs.remove(epoch)
+            self.n_requests -= len(epoch.requests)
+            self._carry([other for other in epoch.requests if isinstance(other, Request)])
+            self._shrank()
+
     def drop_extents(self, vol: Volume, r: Request) -> None:
         if r.legs & AL_REF:
             r.legs &= ~AL_REF
@@ -232,6 +246,7 @@ class TransferLog:
                         finished.append(r)
                 elif not r.waiting:
                     self.drop_extents(vol, r)
+        finished += [r for r in self.e.conflicts.take_postponed() if not r.waiting]
         self.e.mirror.finish(finished)
         for flush in flushes:
             if flush.waiting:
@@ -297,17 +312,24 @@ class TransferLog:
                     self.e.mirror.send(vol, r)
                 else:
                     answered.append(r)
-        if answered:
-            epoch = self.epoch_for_write()
-            if not epoch.n_sent:
-                self.send_flush(self.e.volumes[answered[0].volume])
-            for r in answered:
-                r.epoch = epoch
-            epoch.requests += answered
-            self.n_requests += len(answered)
+        for r in self.e.conflicts.take_postponed():
+            self.e.mirror.send(self.e.volumes[r.volume], r)
+        self._carry(answered)
         self.close_epoch()
         for fence in fences.values():
             self.send_flush(fence.volume, answers=fence.answers)
+
+    def _carry(self, answered: list[Request]) -> None:
+        """Keep writes of an earlier epoch, which the peer has answered, until it acknowledges a barrier."""
+        if not answered:
+            return
+        epoch = self.epoch_for_write()
+        if not epoch.n_sent:
+            self.send_flush(self.e.volumes[answered[0].volume])
+        for r in answered:
+            r.epoch = epoch
+        epoch.requests += answered
+        self.n_requests += len(answered)
 
     def tick(self, now: float) -> None:
         if self.barrier_at is not None and now >= self.barrier_at:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .verify import VerifyRun
 
 
+HALF = 1 << 31  # of the sequence numbers, which wrap: a difference above it is negative
+
+
 class Volume:
     """The machine's record of one volume. Sizes in bytes unless the name says sectors."""
 
@@ -94,6 +97,8 @@ class Volume:
         self.n_app = 0  # application requests in the machine
         self.n_untracked = 0  # peer writes in flight that are not in `peer_intervals`
         self.seq = 0
+        self.peer_seq = 0  # the newest sequence number of the peer, on either socket
+        self.behind_peer: deque[Request] = deque()  # ours, waiting for writes of the other Primary
         self.n_pending = 0
         self.n_unacked = 0
         self.open_count = 0
@@ -120,6 +125,7 @@ class Volume:
         self.local = False  # the local disk takes writes
         self.mirror = False  # writes go to the peer
         self.tell_out_of_sync = False  # the peer is told which blocks it misses
+        self.dual = False  # both nodes are Primary: concurrent writes are possible
         self.fast = False  # nothing special: the data plane may take its short path
         self.refresh()
 
@@ -134,11 +140,17 @@ class Volume:
             or (s.pdsk >= DiskState.INCONSISTENT and ConnState.WF_BITMAP_T <= s.conn < ConnState.AHEAD)
         )
         self.tell_out_of_sync = s.conn in (ConnState.AHEAD, ConnState.WF_BITMAP_S)
+        self.dual = s.role is s.peer is Role.PRIMARY and s.conn >= ConnState.CONNECTED
         self.fast = (
-            self.mirror and s.conn == ConnState.CONNECTED and s.disk == DiskState.UP_TO_DATE
+            self.mirror and not self.dual and s.conn == ConnState.CONNECTED and s.disk == DiskState.UP_TO_DATE
             and s.role == Role.PRIMARY and not s.suspended and not self.al_suspended and not self.io_holds
             and not self.net.data_integrity_alg and self.net.protocol == "C"
         )  # fmt: skip
+
+    def saw(self, seq: int) -> None:
+        """A packet of the peer had this sequence number."""
+        if (seq - self.peer_seq) & 0xFFFFFFFF < HALF:
+            self.peer_seq = seq
 
     @property
     def syncing(self) -> bool:

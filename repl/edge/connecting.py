@@ -29,6 +29,7 @@ from .stream import prepare
 
 RETRY_S: Final = 1.0  # between dials while nobody answers, or until the peer has dialled its socket
 CONFLICT_S: Final = (0.05, 0.4)  # the same after crossed dials: short, and hardly ever equal on both sides
+DIALS_LATER: Final = 1.3  # times connect-int, within which a kernel that dialled one socket dials the other
 LISTEN_BACKLOG: Final = 5  # the kernel's
 STRANGERS_MAX: Final = 16  # accepted sockets that have not said yet what they are
 PING_TIMEOUTS_TO_SPEAK: Final = 4  # how long they have for it, in units of ping-timeout
@@ -60,6 +61,7 @@ class Attempt:
         self._net = config.net
         self._say = say
         self._data: socket.socket | None = None
+        self._data_came = False  # the peer dialled it
         self._meta: socket.socket | None = None
         self._resolver = False
         self._arrived: deque[tuple[bool, socket.socket]] = deque()  # identified, not yet taken: (meta, it)
@@ -89,6 +91,8 @@ class Attempt:
     async def _search(self) -> None:
         while True:
             self._forget_dead()
+            if self._leave_to_peer() and await self._await_arrival(self._net.connect_int * DIALS_LATER):
+                continue
             if self._data is None or self._meta is None:
                 await self._dial()
             if self._data is not None and self._meta is not None:
@@ -100,6 +104,15 @@ class Attempt:
             else:
                 retry_s = min(RETRY_S, float(self._net.connect_int))
                 await self._await_arrival(retry_s * (1 + self._entropy.choice((-1, 1)) / 7))
+
+    def _leave_to_peer(self) -> bool:
+        """Is the missing meta socket better dialled by the peer?
+
+        Who accepts it resolves the conflicts of two Primaries, and that should not be a kernel: it never
+        completes the epoch of a write it has refused (receive_Data leaves it counted as active), and the
+        connection ends. A kernel that dialled the data socket dials the other one after connect-int.
+        """
+        return self._net.allow_two_primaries and self._data is not None and self._data_came and self._meta is None
 
     async def _await_arrival(self, wait_s: float) -> bool:
         """Wait for an incoming socket and take it; False when none came in time.
@@ -140,7 +153,7 @@ class Attempt:
         if meta:
             self._meta, self._resolver = sock, True
         else:
-            self._data = sock
+            self._data, self._data_came = sock, True
         return old is not None
 
     def _forget_dead(self) -> None:
@@ -210,7 +223,7 @@ class Attempt:
         if meta:
             self._meta, self._resolver = sock, False
         else:
-            self._data = sock
+            self._data, self._data_came = sock, False
 
     def _complain(self, what: str, code: int) -> None:
         """Say once per kind that dialling fails, unless it only means that the peer is not there (yet)."""

@@ -56,12 +56,12 @@ def _peer_not_flushed(mp: Patch) -> None:
     """The peer's flush request is answered without flushing."""
     original = Replica.write
 
-    def write(self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Any) -> None:
+    def write(self: Any, vol: Any, cmd: int, sector: int, block_id: int, dp: int, length: int, *rest: Any) -> None:
         if cmd == Packet.DATA and not length:
             self.epoch.size += 1
             self.e.send_ack(Packet.WRITE_ACK, vol, sector, block_id, 0)
             return
-        original(self, vol, cmd, sector, block_id, dp, length, payload)
+        original(self, vol, cmd, sector, block_id, dp, length, *rest)
 
     mp.setattr(Replica, "write", write)
 

@@ -1,0 +1,297 @@
+"""Two Primaries that write the same sectors at the same time: both disks end equal, every write is answered."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from tandem.repl.config import Fencing
+from tandem.repl.requests import DATA, Op, Request
+from tandem.repl.states import ConnState, Role
+from tandem.repl.transfer_log import PEER
+from tandem.repl.wire import (
+    DP_SEND_WRITE_ACK,
+    Packet,
+    pack_ack,
+    pack_barrier,
+    pack_data,
+    unpack_ack,
+    unpack_barrier_ack,
+)
+
+from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.pair import Given, Pair
+from tests.sim.fake_disk import FakeDisk
+
+P = Packet
+ID = 0xC061_0000_0000_0000
+BLOCK = 4096
+
+
+def dual(*, resolver: bool, ours: bool = True) -> Lone:
+    """A Primary whose peer is Primary too."""
+    lone = Lone(net={"allow_two_primaries": True})
+    lone.attach()
+    lone.run("connect")
+    lone.link(resolver)
+    lone.data(lone.features(ours=ours))
+    peer = replace(PEER_SECONDARY, role=Role.PRIMARY)
+    lone.data(lone.protocol(two_primaries=1) + lone.parameters(peer))
+    lone.settle()
+    lone.primary()
+    assert lone.vol.dual and lone.conn() == ConnState.CONNECTED
+    lone.forget()
+    return lone
+
+
+def theirs(sector: int, n_sectors: int, seq: int) -> bytes:
+    head = pack_data(P.DATA, 0, sector, ID + seq, seq, DP_SEND_WRITE_ACK, n_sectors << 9)
+    return head + bytes([seq]) * (n_sectors << 9)
+
+
+def their_ack(r: Request, seq: int, kind: Packet = P.WRITE_ACK) -> bytes:
+    return pack_ack(kind, 0, r.offset >> 9, r.block_id, r.length, seq)
+
+
+def acks(lone: Lone) -> list[str]:
+    return [k.name for s, k, _, p in lone.packets if s == "meta" and len(p) == 24 and unpack_ack(p)]
+
+
+def barrier_acks(lone: Lone) -> list[tuple[int, int]]:
+    return [unpack_barrier_ack(p) for p in lone.payloads(P.BARRIER_ACK)]
+
+
+def on_disk(lone: Lone) -> list[tuple[int, int]]:
+    return [(op.offset >> 9, op.length >> 9) for op in lone.disk if op.op == Op.WRITE and not op.area]
+
+
+# ------------------------------------------------------------------------------------------ the resolver
+
+
+@pytest.mark.parametrize(("sector", "n_sectors", "answer"), [
+    (0, 8, "SUPERSEDED"),  # equal
+    (2, 4, "SUPERSEDED"),  # inside ours
+    (4, 8, "RETRY_WRITE"),  # sticks out
+    (0, 16, "RETRY_WRITE"),  # covers ours
+])  # fmt: skip
+def test_the_resolver_refuses_what_meets_an_unanswered_write(sector: int, n_sectors: int, answer: str) -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(sector, n_sectors, 1))
+    assert acks(lone) == [answer] and on_disk(lone) == []
+
+
+def test_a_block_may_be_shared_when_no_sector_is() -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE, 0, 2048)
+    lone.settle()
+    lone.data(theirs(4, 4, 1))
+    assert on_disk(lone) == [(4, 4)]
+
+
+def test_what_came_after_their_ack_waits_for_our_disk() -> None:
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    held = [op for op in lone.disk if op is not r]
+    for op in held:
+        lone.answer(op)
+    assert r in lone.disk
+    lone.meta(their_ack(r, 1))
+    lone.data(theirs(0, 8, 2))
+    assert on_disk(lone) == [(0, 8)] and acks(lone) == []
+    lone.settle()
+    assert acks(lone) == ["WRITE_ACK"] and lone.done == [r]
+
+
+def test_a_write_that_overtook_acks_waits_for_them() -> None:
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(0, 8, 2), theirs(800, 8, 3))
+    assert acks(lone) == [] and on_disk(lone) == [], "number 1 is missing: it may be the ack for ours"
+    lone.meta(their_ack(r, 1))
+    assert on_disk(lone) == [(0, 8), (800, 8)]
+
+
+def test_acks_that_never_come_end_the_connection() -> None:
+    lone = dual(resolver=True)
+    lone.data(theirs(0, 8, 2))
+    lone.at(lone.now + 5.9)
+    assert not lone.closed
+    lone.at(lone.now + 0.2)
+    assert lone.closed and lone.conn() == ConnState.WF_CONNECTION
+
+
+def test_refused_writes_count_in_no_epoch_and_hold_it_open() -> None:
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(0, 8, 1), theirs(80, 8, 2), pack_barrier(5), theirs(0, 8, 3), pack_barrier(6))
+    lone.settle()
+    lone.at(lone.now + 1)
+    lone.settle()
+    assert acks(lone) == ["SUPERSEDED", "SUPERSEDED", "WRITE_ACK"] and barrier_acks(lone) == []
+    lone.meta(their_ack(r, 4))
+    lone.settle()
+    lone.at(lone.now + 2)
+    lone.settle()
+    assert barrier_acks(lone) == [(5, 1)], "an epoch of refused writes only is not in the peer's log either"
+
+
+# ------------------------------------------------------------------------------------------ the other node
+
+
+def test_the_other_node_waits_for_the_resolver_and_its_own_disk() -> None:
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE)
+    for op in [op for op in lone.disk if op is not r]:
+        lone.answer(op)
+    lone.data(theirs(0, 8, 1))
+    assert lone.disk == [r], "theirs waits"
+    lone.meta(their_ack(r, 2, P.SUPERSEDED))
+    assert lone.disk == [r], "still, because ours is not on our disk"
+    lone.answer(r)
+    assert lone.done == [r] and r.error == 0 and on_disk(lone) == [(0, 8)]
+    lone.settle()
+    assert acks(lone) == ["WRITE_ACK"] and lone.engine.log.n_requests == 0
+    assert lone.vol.bitmap.weight == 0, "superseded is as good as written"
+
+
+def test_a_write_to_be_retried_is_sent_again_after_theirs() -> None:
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.settle()
+    lone.data(theirs(0, 8, 1))
+    lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    assert lone.done == [] and on_disk(lone) == [(0, 8)]
+    assert len(lone.payloads(P.DATA)) == 1
+    lone.settle()
+    assert acks(lone) == ["WRITE_ACK"] and len(lone.payloads(P.DATA)) == 2, "after the ack, as a new write"
+    lone.meta(their_ack(r, 3))
+    lone.settle()
+    assert lone.done == [r] and r.error == 0 and lone.vol.bitmap.weight == 0
+
+
+def test_our_write_waits_for_theirs_that_is_under_way() -> None:
+    lone = dual(resolver=False)
+    lone.data(theirs(0, 8, 1))
+    r = lone.submit(Op.WRITE)
+    meta = [op for op in lone.disk if op.area]
+    lone.answer(*meta)
+    assert lone.payloads(P.DATA) == [] and on_disk(lone) == [(0, 8)]
+    lone.settle()
+    assert len(lone.payloads(P.DATA)) == 1 and r.waiting == PEER
+
+
+def test_a_lost_connection_answers_what_was_postponed() -> None:
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.settle()
+    lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    lone.engine.drop(ConnState.NETWORK_FAILURE, "gone")
+    lone.settle()
+    assert lone.done == [r] and r.error == 0 and lone.vol.bitmap.weight == 2
+
+
+def test_the_resolver_is_told_nothing() -> None:
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(their_ack(r, 1, P.SUPERSEDED))
+    assert lone.closed, "both would give way: a mistake of the peer's"
+
+
+# ------------------------------------------------------------------------------------------ both, at random
+
+
+class World(Pair):
+    """Both nodes for real; what happens next is drawn from the seed."""
+
+    def __init__(self, seed: int, *, freezes: bool = False) -> None:
+        given = Given(size=16 << 20, net=[{"allow_two_primaries": True}] * 2, resolver=seed & 1)
+        if freezes:
+            given.disk = [{"fencing": Fencing.RESOURCE_AND_STONITH}] * 2
+            given.handlers = ["fence-peer"]
+        super().__init__(given)
+        self.chance = random.Random(seed)
+        self.disk_speeds = ((1, 1), (1, 12), (12, 1))[seed // 2 % 3]  # one node's disk may be much slower
+        self.done: list[Request] = []
+        for node in self.nodes:
+            node.start()
+            node.command("attach", None, {})
+            self.settle()
+            node.command("connect", None, {})
+            self.settle()
+        for node in self.nodes:
+            node.command("primary", None, {})
+            self.settle()
+        assert all(n.engine is not None and n.engine.volumes[0].dual for n in self.nodes)
+
+    def finished(self, batch: list[Request]) -> None:
+        raise AssertionError("requests are taken from the outbox")
+
+    def write(self) -> None:
+        """A write of 1 to 6 sectors among the first 24, or a trim; every one is told by its bytes."""
+        self.n_writes += 1
+        node, n = self.chance.choice(self.nodes), self.chance.randint(1, 6)
+        offset, op = self.chance.randrange(24) << 9, Op.WRITE if self.chance.random() < 0.9 else Op.ZEROES
+        payload = bytes((self.n_writes % 255 + 1,)) * (n << 9) if op is Op.WRITE else None
+        assert node.engine is not None
+        r = Request(self, f"write {self.n_writes}", op, 0, offset, n << 9, payload, 0)
+        self.done.append(r)
+        node.engine.submit(0, [r])
+        node.pump()
+
+    def deliver(self) -> None:
+        node, socket = self.chance.choice(self.nodes), self.chance.randrange(2)
+        if node.link is not None and node.engine is not None and (pipe := node.link.inbound[socket]).incoming:
+            pipe.deliver(self.chance.randint(1, len(pipe.incoming)))
+            node._feed(socket)
+            node.pump()
+
+    def answer(self) -> None:
+        node = self.chance.choices(self.nodes, self.disk_speeds)[0]
+        disk: FakeDisk = node.disks[0]
+        if disk.flights and node.engine is not None:
+            flight = self.chance.choice(disk.flights)
+            disk.execute(flight, 0)
+            node.engine.disk_done([disk.complete(flight)])
+            node.pump()
+
+    def play(self, n_steps: int) -> None:
+        for _ in range(n_steps):
+            self.chance.choices((self.write, self.deliver, self.answer), (2, 4, 4))[0]()
+
+    def equal(self) -> bool:
+        one, other = (n.disks[0].devices[DATA].live.read(0, 64 << 10) for n in self.nodes)
+        return one == other
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_overlaps_leave_both_disks_equal(seed: int) -> None:
+    world = World(seed)
+    world.play(400)
+    world.run_until(world.now + 2)
+    for node in world.nodes:
+        assert node.engine is not None and node.engine.cstate == ConnState.CONNECTED, "the connection held"
+        vol = node.engine.volumes[0]
+        assert vol.n_app == 0 and vol.bitmap.weight == 0 and vol.n_unacked == 0 and not vol.intervals
+        assert node.engine.log.n_requests == 0 and not node.engine.log.epochs and not node.engine.conflicts.postponed
+    assert all(r.error == 0 for r in world.done)
+    assert world.equal()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_frozen_interruption_in_the_middle(seed: int) -> None:
+    """Both freeze when the link goes, meet again before any fencing, and go on as if nothing had been."""
+    world = World(seed, freezes=True)
+    world.play(200)
+    world.reset()
+    world.run_until(world.now + 3)
+    world.play(200)
+    world.run_until(world.now + 3)
+    for node in world.nodes:
+        assert node.engine is not None and node.engine.volumes[0].n_app == 0, node.summary()
+    assert world.equal()
