@@ -426,11 +426,11 @@ class Link:
 
     def _rs_data_reply(self, vol: Volume, payload: memoryview) -> None:
         sector, _, _, _ = unpack_data(payload)
-        self.e.resync.receive_data(vol, sector, self._payload(payload, payload[24:]))
+        self.e.resync.target.receive_data(vol, sector, self._payload(payload, payload[24:]))
 
     def _rs_deallocated(self, vol: Volume, payload: memoryview) -> None:
         sector, size = unpack_block_desc(payload)
-        self.e.resync.receive_deallocated(vol, sector, size)
+        self.e.resync.target.receive_deallocated(vol, sector, size)
 
     def _data_request(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, size = unpack_block_req(payload)
@@ -441,14 +441,14 @@ class Link:
         def handle(vol: Volume, payload: memoryview) -> None:
             sector, block_id, size = unpack_block_req(payload)
             self._check_request(vol, sector, size)
-            self.e.resync.serve(vol, sector, block_id, size, None, thin)
+            self.e.resync.source.serve(vol, sector, block_id, size, None, thin)
 
         return handle
 
     def _csum_request(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, size = unpack_block_req(payload)
         self._check_request(vol, sector, size)
-        self.e.resync.serve(vol, sector, block_id, size, bytes(payload[24:]), False)
+        self.e.resync.source.serve(vol, sector, block_id, size, bytes(payload[24:]), False)
 
     def _verify_request(self, vol: Volume, payload: memoryview) -> None:
         sector, block_id, size = unpack_block_req(payload)
@@ -530,7 +530,7 @@ class Link:
     def _meta_packet(self, number: int, cmd: int, payload: memoryview, finished: list[Request]) -> None:
         e = self.e
         if cmd == Packet.PING:
-            e.resync.before_ping_ack(lambda: e.out.meta.append(packet(Packet.PING_ACK)))
+            e.resync.source.before_ping_ack(lambda: e.out.meta.append(packet(Packet.PING_ACK)))
         elif cmd == Packet.PING_ACK:
             e.liveness.pong()
         elif cmd == Packet.BARRIER_ACK:
@@ -555,18 +555,18 @@ class Link:
             e.mirror.read_refused(vol, block_id)
         elif cmd == Packet.NEG_RS_DREPLY:
             e.verify.refused(vol, sector)
-            e.resync.request_answered(vol, sector, failed=True)
+            e.resync.target.request_answered(vol, sector, failed=True)
         elif cmd == Packet.RS_CANCEL:
-            e.resync.request_answered(vol, sector, failed=False)
+            e.resync.target.request_answered(vol, sector, failed=False)
         elif cmd == Packet.RS_IS_IN_SYNC:
-            e.resync.request_answered(vol, sector, failed=False, in_sync=True)
+            e.resync.target.request_answered(vol, sector, failed=False, in_sync=True)
         elif cmd == Packet.OV_RESULT:
             e.verify.result(vol, sector, size, block_id)
         elif block_id == ID_SYNCER:
             if cmd == Packet.RS_WRITE_ACK:
-                e.resync.block_acked(vol, sector, size)
+                e.resync.source.block_acked(vol, sector, size)
             elif cmd == Packet.NEG_ACK:
-                e.resync.block_refused(vol, size)
+                e.resync.source.block_refused(vol, size)
         elif cmd in _WRITE_ANSWERS:
             r = e.log.inflight.pop(block_id, None)
             if r is None or isinstance(r, PeerFlush):

@@ -237,13 +237,13 @@ class Peer:
             and s.conn >= ConnState.SYNC_SOURCE and s.disk == DiskState.UP_TO_DATE
             and ps.conn == ConnState.CONNECTED
         ):  # fmt: skip
-            self.e.resync.peer_finished(vol)
+            self.e.resync.source.peer_finished(vol)
             return True
         if (
             s.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S) and ps.conn == ConnState.CONNECTED
             and peer_disk == DiskState.INCONSISTENT and vol.rs_failed
         ):  # fmt: skip
-            self.e.resync.peer_finished(vol)
+            self.e.resync.source.peer_finished(vol)
             return True
         if (
             s.conn == ConnState.VERIFY_T and s.disk == DiskState.UP_TO_DATE

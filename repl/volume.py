@@ -22,7 +22,8 @@ from .uuids import UuidSet, md_flags
 
 if TYPE_CHECKING:
     from .meta_writer import MetaWriter
-    from .resync import SourceRun, TargetRun
+    from .resync_source import SourceRun
+    from .resync_target import TargetRun
     from .verify import VerifyRun
 
 

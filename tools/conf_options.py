@@ -208,7 +208,7 @@ DISK: Final = _table(
     _number("disk-timeout", 0, 6000, 0, support=_LATER),
     _enum("read-balancing", "prefer-local prefer-remote round-robin least-pending when-congested-remote "
           + _STRIPES, _LATER),
-    _number("rs-discard-granularity", 0, 1048576, 0, support=_LATER),
+    _number("rs-discard-granularity", 0, 1048576, 0),
     # DRBD 9's.
     _bool("bitmap", True, _LATER),
     _bool("resync-without-replication", True, _MOOT),
@@ -249,7 +249,7 @@ NET: Final = _table(
     _number("congestion-fill", 0, 20971520, 0, "s", support=_LATER),
     _number("congestion-extents", 67, 65534, 1237, support=_LATER),
     _string("csums-alg"),
-    _bool("csums-after-crash-only", False, _LATER),
+    _bool("csums-after-crash-only", False),
     _string("verify-alg"),
     _bool("use-rle", True),
     _number("socket-check-timeout", 0, 300, 0),

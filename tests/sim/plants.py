@@ -22,7 +22,8 @@ from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
 from tandem.repl.replica import Replica
 from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
-from tandem.repl.resync import Resync
+from tandem.repl.resync_source import Source
+from tandem.repl.resync_target import Target
 from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
@@ -113,7 +114,7 @@ def _answer_without_peer(mp: Patch) -> None:
 
 def _bits_cleared_when_asked_for(mp: Patch) -> None:
     """Both sides clear the bits of a block before it is on the target's disk."""
-    ask, reply = Resync._ask, Resync._reply
+    ask, reply = Target._ask, Source._reply
 
     def asked(self: Any, vol: Any, run: Any) -> None:
         ask(self, vol, run)
@@ -124,8 +125,8 @@ def _bits_cleared_when_asked_for(mp: Patch) -> None:
         vol.set_in_sync(op.offset, op.length)
         reply(self, vol, sector, block_id, op, *rest)
 
-    mp.setattr(Resync, "_ask", asked)
-    mp.setattr(Resync, "_reply", replied)
+    mp.setattr(Target, "_ask", asked)
+    mp.setattr(Source, "_reply", replied)
 
 
 def _stale_resync_block(mp: Patch) -> None:

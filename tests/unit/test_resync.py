@@ -6,7 +6,7 @@ import errno
 from dataclasses import replace
 
 import pytest
-from tandem.repl import resync
+from tandem.repl import resync, resync_target
 from tandem.repl.bitmap_exchange import BitmapSender
 from tandem.repl.digests import digest
 from tandem.repl.events import HandlerExited, LinkLost
@@ -70,10 +70,10 @@ def test_set_bits_are_merged_up_to_one_mebibyte_and_its_boundaries() -> None:
 
 def test_the_window_limits_what_is_out() -> None:
     lone = Lone().target((0, 4096))
-    assert len(requests(lone)) * MIB == resync.WINDOW_IDLE
+    assert len(requests(lone)) * MIB == resync_target.WINDOW_IDLE
     lone.data(reply(0, 256))
     lone.settle()
-    assert len(requests(lone)) == resync.WINDOW_IDLE // MIB + 1
+    assert len(requests(lone)) == resync_target.WINDOW_IDLE // MIB + 1
 
 
 def test_applications_shrink_the_window() -> None:
@@ -218,7 +218,7 @@ def test_progress_is_persisted_now_and_then() -> None:
     lone = Lone().target((0, 4096))
     lone.data(reply(0, 256))
     lone.settle()
-    lone.at(lone.now + resync.PERSIST_S + resync.MARK_S)
+    lone.at(lone.now + resync_target.PERSIST_S + resync.MARK_S)
     assert [op.op for op in lone.disk if not op.area] == [Op.FLUSH]
 
 

@@ -1,0 +1,174 @@
+"""The source's side of a resync: serving what the target asks for, and ending when it says so.
+
+A read holds its range against our applications until the reply is on its way, so that on the data socket a
+block and a later write of it stand in the right order. The bits clear as the target confirms blocks; the
+resync is over when the target says so and no bit is left. Source: drbd_receiver.c (receive_DataRequest,
+receive_state), drbd_worker.c (w_e_end_rsdata_req, w_e_end_csum_rs_req, drbd_resync_finished).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .bitmap_exchange import BitmapReceiver
+from .intervals import Lock
+from .meta_writer import CallbackOp
+from .requests import DATA, DiskOp, Op
+from .resync_target import PERSIST_S, log_done
+from .states import ConnState, DiskState
+from .volume import Volume
+from .wire import Packet, pack_block_desc, pack_data
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class SourceRun:
+    """A volume's resync as source."""
+
+    __slots__ = ("next_persist", "receiver")
+
+    def __init__(self, now: float) -> None:
+        self.receiver: BitmapReceiver | None = None
+        self.next_persist = now + PERSIST_S
+
+class Source:
+    """Volumes from which the peer is brought up to date."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.e = engine
+
+    def serve(self, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool) -> None:
+        """P_RS_DATA_REQUEST, P_RS_THIN_REQ or P_CSUM_RS_REQUEST."""
+        if vol.state.disk != DiskState.UP_TO_DATE:
+            self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
+            return
+        if vol.sync_ending:  # it has taken the sync UUID and is not through
+            vol.sync_ending = False
+            self.e.write_superblock(vol, None)
+        link = self.e.link.ticket
+        offset = sector << 9
+        blocker = vol.intervals.blocker(offset, size)
+        if blocker is not None:
+            vol.intervals.wait(
+                blocker, lambda: self._serve_later(link, vol, sector, block_id, size, digest, thin)
+            )
+            return
+        lock = Lock(offset, size)
+        vol.intervals.add(lock)
+        vol.n_local += 1
+        self.e.out.disk.append(
+            CallbackOp(Op.READ, vol.number, offset, size, None, 0, DATA,
+                       lambda op: self._served(link, vol, lock, block_id, op, digest, thin))
+        )  # fmt: skip
+
+    def _serve_later(
+        self, link: int, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
+    ) -> None:
+        if link == self.e.link.ticket and vol.state.connected:
+            self.serve(vol, sector, block_id, size, digest, thin)
+
+    def _served(
+        self, link: int, vol: Volume, lock: Lock, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
+    ) -> None:
+        vol.n_local -= 1
+        waiters = vol.intervals.remove(lock)
+        sector, size = lock.offset >> 9, lock.length
+        if link == self.e.link.ticket and vol.state.connected:
+            if op.error:
+                self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
+                vol.rs_failed += size >> 12
+            else:
+                self._reply(vol, sector, block_id, op, digest, thin)
+        if op.error:
+            self.e.disks.failed(vol, op.error or errno.EIO, write=False)
+        for wake in waiters:
+            wake()
+        self.e.disks.local_idle(vol)
+
+    def _reply(
+        self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
+    ) -> None:
+        assert op.payload is not None
+        vol.bytes_read += op.length
+        if thin and bytes(op.payload) == bytes(op.length):
+            self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, sector, op.length))
+            return
+        if digest is not None and self.e.csums is not None and self.e.csums(op.payload) == digest:
+            self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, sector, block_id, op.length)
+            vol.set_in_sync(op.offset, op.length)
+            return
+        check = self.e.integrity(op.payload) if self.e.integrity else b""
+        self.e.out.data += (
+            pack_data(Packet.RS_DATA_REPLY, vol.number, sector, block_id, 0, 0, op.length, check),
+            op.payload,
+        )
+        vol.bytes_sent += op.length
+
+    def block_acked(self, vol: Volume, sector: int, size: int) -> None:
+        """P_RS_WRITE_ACK with the syncer's id: the target has the block."""
+        vol.set_in_sync(sector << 9, size)
+
+    def block_refused(self, vol: Volume, size: int) -> None:
+        """P_NEG_ACK with the syncer's id: the target could not write it."""
+        vol.rs_failed += max(size >> 12, 1)
+
+    def before_ping_ack(self, then: Callable[[], None]) -> None:
+        """The peer pings, and our answer may be what its resync waits for: *then* may end without our hearing.
+
+        What that means for our next generation (`Volume.end_unknown`) is on disk before the answer goes out.
+        """
+        ending = [
+            v for v in self.e.volumes.values()
+            if v.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S)
+            and not v.sync_ending and v.bitmap.weight <= self.e.log.n_bits_held(v)
+        ]  # fmt: skip
+        if not ending:
+            then()
+            return
+        link, left = self.e.link.ticket, len(ending)
+
+        def durable(ok: bool) -> None:
+            nonlocal left
+            left -= 1
+            if not left and link == self.e.link.ticket:
+                then()
+
+        for vol in ending:
+            vol.sync_ending = True
+            self.e.write_superblock(vol, durable)
+
+    def peer_finished(self, vol: Volume) -> bool:
+        """P_STATE says the target is done: end as source. False when our bits say otherwise."""
+        disk = vol.state.disk
+        if vol.bitmap.weight > vol.rs_failed:
+            vol.target_done = True
+            if self.e.log.n_bits_held(vol):  # writes that our own disk still owes us clear them (`progressed`)
+                return False
+            if vol.config.disk_options.on_io_error != "pass_on":
+                return False  # acks are still missing: the peer speaks too early
+            disk = DiskState.INCONSISTENT  # blocks that our disk failed and the target has
+        vol.target_done = False
+        vol.source = None
+        vol.sync_ending = False
+        if not vol.rs_failed:
+            vol.uuids = vol.uuids.clear_bitmap()
+            vol.peer_uuids = vol.uuids
+        log_done(self.e, vol)
+        pdsk = DiskState.INCONSISTENT if vol.rs_failed else DiskState.UP_TO_DATE
+        self.e.change(
+            vol, replace(vol.state, conn=ConnState.CONNECTED, disk=disk, pdsk=pdsk), hard=True, why="resync finished"
+        )
+        if disk == DiskState.INCONSISTENT and vol.state.connected:
+            self.e.peer.send_state(vol)
+        self.e.write_superblock(vol, None)
+        if vol.meta is not None:
+            vol.meta.write_changed()
+        if self.e.fenced_policy and all(
+            v.state.disk == v.state.pdsk == DiskState.UP_TO_DATE for v in self.e.volumes.values()
+        ):
+            self.e.run_handler("unfence-peer", None, None)
+        return True
