@@ -121,6 +121,8 @@ class Peer:
                 self.send_sizes(vol, theirs.dds_flags)
             if (vol.size > usable_before or vol.resize_pending) and not theirs.dds_flags & NO_RESYNC:
                 self.grown(vol)
+            if not theirs.c_size and vol.attached:
+                self.e.growth.follow(vol, bool(theirs.dds_flags & NO_RESYNC))
         vol.resize_pending = False
 
     def grown(self, vol: Volume) -> None:
