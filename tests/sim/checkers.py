@@ -331,7 +331,9 @@ class Checks:
         ledger.acked(write, holders)
         if not here:
             ledger.copies[node.index].lacks.add(write)
-        if not there and (self.w.mix.protocol == "C" or not state.connected):
+        # The only good copy may have lost power, and the write unflushed with it, while the answer was on its way.
+        lost = reached and state.disk < D.CONSISTENT
+        if not there and not lost and (self.w.mix.protocol == "C" or not state.connected):
             ledger.copies[peer.index].lacks.add(write)
 
     def connected_before(self, node: Node, volume: int) -> bool:
