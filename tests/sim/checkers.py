@@ -55,7 +55,7 @@ class DiskRecord:
     super_durable: tuple[int, ...] = ()
     super_flying: list[tuple[int, ...]] = field(default_factory=list)
     view: DiskView | None = None  # of a disk that no engine has attached; dropped when its metadata changes
-    n_broke: int = 0  # how often the disk failed an operation
+    n_broke: int = 0  # how often the disk failed an operation, or left
     conn: ConnState = C.STAND_ALONE
     role: Role = Role.SECONDARY
     disk: DiskState = D.DISKLESS
@@ -436,6 +436,8 @@ class Checks:
             self._sync_began(node, volume)
         if record.conn in SYNCING_TARGET and state.conn is C.CONNECTED and state.disk is D.UP_TO_DATE:
             self._sync_ended(node, volume)
+        if record.disk is D.UP_TO_DATE is not state.disk:
+            record.n_broke += 1  # detached: what was under way may have gone to the peer alone
         if state.connected:
             node.fenced = node.resumed = False
         record.role, record.conn, record.disk = state.role, state.conn, state.disk

@@ -111,21 +111,14 @@ class Node:
     @property
     def primary(self) -> bool:
         """Primary in any volume."""
-        if self.engine is not None:
-            for vol in self.engine.volumes.values():
-                if vol.state.role is Role.PRIMARY:
-                    return True
-        return False
+        return self.engine is not None and Role.PRIMARY in [v.state.role for v in self.engine.volumes.values()]
 
     @property
     def connected(self) -> bool:
         """Connected in all volumes."""
         if self.engine is None:
             return False
-        for vol in self.engine.volumes.values():
-            if vol.state.conn < ConnState.CONNECTED:
-                return False
-        return True
+        return min([v.state.conn for v in self.engine.volumes.values()]) >= ConnState.CONNECTED
 
     def good_disk(self, volume: int) -> bool:
         return self.engine is not None and self.state(volume).disk is DiskState.UP_TO_DATE
