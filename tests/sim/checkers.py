@@ -176,8 +176,8 @@ class Checks:
         copy = ledger.copies[1 - node.index]
         payload = bytes(op.payload or b"")
         first, n = op.offset // SECTOR, op.length // SECTOR
-        known = range(first, first + n) if n < len(copy.allowed) else [s for s in copy.allowed if first <= s < first + n]
-        for s in known:
+        sectors = range(first, first + n)
+        for s in sectors if n < len(copy.allowed) else [s for s in copy.allowed if s in sectors]:
             versions, i = copy.allowed.get(s), s - first
             if versions is not None:
                 content = payload[i * SECTOR : (i + 1) * SECTOR]
