@@ -32,6 +32,7 @@ NEGOTIATION_S: Final = 30.0  # a client has this long to choose its export
 LINGER_S: Final = 60.0  # a client that has said goodbye has this long to take its last answers
 DRAIN_S: Final = 10.0  # requests in flight get this long at the end of a session we end
 SESSIONS_MAX: Final = 1024  # connections at a time; more wait in the listen queue
+HUNG_UP: Final = "it hung up"
 CHUNK_MAX: Final = 256 << 10  # a batch of 64 writes of 4 KiB; bounds the requests of one receive, too
 
 Exported = Callable[[], Sequence[Volume]] | Mapping[str, Volume]
@@ -200,7 +201,7 @@ class Session:
             self.abort(error.strerror or str(error))
         else:
             if n == 0:
-                self._stop_reading("it hung up")
+                self._stop_reading(HUNG_UP)
         self._within = False
         self._review()
 
@@ -358,8 +359,10 @@ class Session:
         self._read(False)
         self._sender.close()
         self._sock.close()
-        what = f"the export {self.volume.name}" if self.volume is not None else "the negotiation"
-        self._server.log(f"{self.peer} left {what}: {self._ending}")
+        if self.volume is not None:
+            self._server.log(f"{self.peer} left the export {self.volume.name}: {self._ending}")
+        elif self._ending != HUNG_UP:  # who looks for a Primary asks every second, and goes when told
+            self._server.log(f"{self.peer} left the negotiation: {self._ending}")
         if self._transmission is not None:
             self._transmission.abandon()
         self._review()

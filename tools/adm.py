@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import adm_live, adm_meta, adm_query, adm_script, adm_up, adm_wait
+from . import adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait
 from .adm_session import DaemonError, General, NotRunning, Quit, Session, Target, complain, say
 from .adm_verbs import VERBS, Option, Verb, check_scope, dry_lines
 from .paths import PathError
 
-COMMANDS: Final = (adm_live, adm_meta, adm_query, adm_script, adm_up, adm_wait)  # each fills VERBS
+COMMANDS: Final = (adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait)  # each fills VERBS
 
 EXIT_USAGE: Final = 1
 EXIT_CONFIG: Final = 10
@@ -55,6 +55,7 @@ _KINDS: Final[dict[str, dict[str, Any]]] = {
     "text": {"type": str},
     "number": {"type": SectorCount()},
     "seconds": {"type": click.IntRange(min=0)},
+    "count": {"type": click.IntRange(min=1)},
 }
 
 
@@ -82,25 +83,39 @@ def _general_options() -> list[click.Parameter]:
 
 
 class AdmGroup(click.Group):
-    """The commands of VERBS, with drbdadm's answers to what is not one."""
+    """The commands of VERBS that begin with *prefix*, with drbdadm's answers to what is not one."""
+
+    prefix = ""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, verb in VERBS.items() if not verb.hidden]
+        names = [name for name, verb in VERBS.items() if name.startswith(self.prefix) and not verb.hidden]
+        return [name.removeprefix(self.prefix) for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        verb = VERBS.get(cmd_name)
-        return None if verb is None else _command(verb)
+        verb = VERBS.get(self.prefix + cmd_name)
+        if verb is not None:
+            return _command(verb)
+        return _subgroup(self.prefix + cmd_name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS:
-            raise Quit(EXIT_USAGE, f"tandemadm: Unknown command '{args[0]}'")
+        if args and self.get_command(ctx, args[0]) is None:
+            raise Quit(EXIT_USAGE, f"tandemadm: Unknown command '{self.prefix}{args[0]}'")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, VERBS[name].help) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, VERBS[self.prefix + name].help) for name in self.list_commands(ctx)])
+
+
+def _subgroup(name: str) -> click.Command | None:
+    """The group of the commands whose names begin with the word *name*; None when there are none."""
+    if not any(found.startswith(f"{name} ") for found in VERBS):
+        return None
+    group = AdmGroup(name, params=_general_options(), context_settings={"help_option_names": ["-h", "--help"]})
+    group.prefix = f"{name} "
+    return group
 
 
 def _command(verb: Verb) -> click.Command:
@@ -113,7 +128,7 @@ def _command(verb: Verb) -> click.Command:
         return _work(verb, click.get_current_context().ensure_object(General), names, given)
 
     return click.Command(
-        verb.name, params=params, callback=callback, help=verb.help, hidden=verb.hidden,
+        verb.name.split(" ")[-1], params=params, callback=callback, help=verb.help, hidden=verb.hidden,
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
 
@@ -125,7 +140,7 @@ def _own_option(option: Option) -> click.Option:
 
 
 def _metavar(verb: Verb) -> str:
-    return {"resource": "{all|RESOURCE}...", "volume": "{all|RESOURCE[/VOLUME]}..."}.get(verb.scope, "...")
+    return {"resource": "{all|RESOURCE}...", "volume": "{all|RESOURCE[/VOLUME]}..."}.get(verb.scope, verb.names)
 
 
 # -------------------------------------------------------------------------------------------- work

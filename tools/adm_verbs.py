@@ -17,7 +17,7 @@ Run = Callable[..., int]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a command. *kind* is flag, text, number (sectors with a unit) or seconds."""
+    """One option of a command. *kind* is flag, text, number (sectors with a unit), seconds or count (from 1 on)."""
 
     name: str
     help: str
@@ -35,7 +35,8 @@ class Verb:
 
     *scope*: ``resource`` (whole resources only), ``volume`` (resources or volumes), ``global`` (no
     names), ``own`` (the function gets all the names itself). *absent* is the exit code when the daemon
-    does not run, None when that is an error like any other. *dry* gives the lines of a dry run.
+    does not run, None when that is an error like any other. *dry* gives the lines of a dry run. *names* is
+    how the usage calls the names. A name of two words is a command of a group.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Verb:
     absent: int | None = None
     hidden: bool = False
     dry: Callable[..., list[str]] | None = None
+    names: str = "..."
 
 
 VERBS: Final[dict[str, Verb]] = {}
@@ -53,13 +55,13 @@ VERBS: Final[dict[str, Verb]] = {}
 
 def verb(
     name: str, help: str, *options: Option, scope: str = "resource", absent: int | None = None,
-    hidden: bool = False, dry: Callable[..., list[str]] | None = None,
+    hidden: bool = False, dry: Callable[..., list[str]] | None = None, names: str = "...",
 ) -> Callable[[Run], Run]:  # fmt: skip
     """Enter a function into the table of commands."""
 
     def enter(run: Run) -> Run:
         assert name not in VERBS, name
-        VERBS[name] = Verb(name, help, scope, run, options, absent, hidden, dry)
+        VERBS[name] = Verb(name, help, scope, run, options, absent, hidden, dry, names)
         return run
 
     return enter

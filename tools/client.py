@@ -8,7 +8,6 @@ an end that the user can set: every wait has a time limit or ends with Ctrl-C.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import selectors
@@ -25,6 +24,7 @@ from tandem.repl.errors import Refusal
 from tandem.repl.events import ResourceStatus
 
 from .paths import NodePaths, PathError, check_socket_path
+from .process import try_lock
 from .values import Json, pack, unpack
 
 ANSWER_S: Final = 5.0  # drbdadm's cmd-timeout-short: the control socket answers in milliseconds
@@ -213,7 +213,7 @@ def resource_lock(paths: NodePaths, resource: str, tick: Tick | None = None) -> 
         raise DaemonError(f"{resource}: cannot open {path}: {error.strerror}") from error
     try:
         began = time.monotonic()
-        while not _try_lock(fd):
+        while not try_lock(fd):
             waited = time.monotonic() - began
             if waited > COMMAND_S:
                 raise DaemonError(
@@ -226,14 +226,6 @@ def resource_lock(paths: NodePaths, resource: str, tick: Tick | None = None) -> 
         yield
     finally:
         os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------- starting
@@ -267,12 +259,13 @@ def start_daemon(paths: NodePaths, config: ResourceConfig, tick: Tick | None = N
     with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps(pack(config)).encode())
     try:
-        _await_ready(ready_r, config.name, log, tick)
+        await_ready(ready_r, config.name, log, tick)
     finally:
         os.close(ready_r)
 
 
-def _await_ready(fd: int, resource: str, log: Path, tick: Tick | None) -> None:
+def await_ready(fd: int, resource: str, log: Path, tick: Tick | None) -> None:
+    """Wait for the word of a process that starts: ready, or one sentence why not. DaemonError in that case."""
     said = b""
     began = time.monotonic()
     with selectors.DefaultSelector() as selector:
@@ -301,7 +294,7 @@ def wait_ended(paths: NodePaths, resource: str, limit_s: float, tick: Tick | Non
         return True
     try:
         began = time.monotonic()
-        while not _try_lock(fd):
+        while not try_lock(fd):
             waited = time.monotonic() - began
             if waited > limit_s:
                 return False

@@ -10,15 +10,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import fcntl
 import gc
 import json
 import os
 import signal
-import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,9 +35,9 @@ from .conf import check
 from .control import ControlServer, Done, refusal_answer
 from .exports import DeviceError, Exports
 from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
+from .process import Held, hold, tell_ready, tell_starter
 from .values import Json, pack, unpack
 
-LOCK_S: Final = 1.0  # a tandemadm that looks whether the daemon has ended holds the pid file for a moment
 DRAIN_S: Final = 5.0  # NBD requests that were read get this long to be answered when the daemon ends
 DOWN_S: Final = 10.0  # the peer's answers and the last metadata writes get this long on a signal
 EXIT_INTERNAL: Final = 42  # drbdsetup's code for our own mistakes
@@ -119,31 +116,14 @@ def sentence(config: ResourceConfig, refusal: Refusal, volume: int | None, comma
 
 
 def hold_pid_file(paths: NodePaths, resource: str) -> int:
-    """Lock the pid file for the life of this process and write our pid; its descriptor.
-
-    The lock, not the number in the file, says whether a daemon runs: it ends with the process, however
-    that ends.
-    """
+    """Lock the pid file for the life of this process; its descriptor. StartError when a daemon has it."""
     path = paths.pid(resource)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return hold(path)
     except OSError as error:
         raise StartError(f"cannot open {path}: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                pid = os.read(fd, 32).decode(errors="replace").strip()
-                raise StartError(
-                    f"the daemon of this resource is running already (pid {pid or 'unknown'})"
-                ) from None
-            time.sleep(0.02)
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
+    except Held as held:
+        raise StartError(f"the daemon of this resource is running already (pid {held.pid})") from None
 
 
 # ------------------------------------------------------------------------------------------ daemon
@@ -340,12 +320,7 @@ class Daemon:
         await asyncio.to_thread(self.control.stop)
 
     def _tell_starter(self) -> None:
-        """Tell whoever started us: tandemadm through its pipe, systemd through its socket."""
-        tell_starter(self.options.ready_fd, {"ready": True})
-        address = os.environ.get("NOTIFY_SOCKET", "")
-        if address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-                sock.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        tell_ready(self.options.ready_fd)
 
     def _signal(self, number: int) -> None:
         if self._asked_to_end:
@@ -417,14 +392,6 @@ def _answer(ended: concurrent.futures.Future[Refusal | None]) -> Json:
         return refusal_answer(ended.result())
     log("control", "".join(traceback.format_exception(error)), "error")
     return {"error": f"internal error ({type(error).__name__}), see the log of the daemon"}
-
-
-def tell_starter(fd: int, message: Json) -> None:
-    """One line into the pipe of the tandemadm that waits for us, if one does."""
-    if fd >= 0:
-        with contextlib.suppress(OSError):
-            os.write(fd, json.dumps(message).encode() + b"\n")
-            os.close(fd)
 
 
 # -------------------------------------------------------------------------------------------- main

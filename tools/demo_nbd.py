@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from tandem.nbd import codec
-from tandem.nbd.codec import Cmd, CmdFlag, Info, Opt, Rep
+from tandem.nbd.client_negotiation import ClientNegotiation, ServerMistake
+from tandem.nbd.codec import Cmd, CmdFlag
 
 ANSWER_S: Final = 60.0  # a server that says nothing for so long is stuck
 REQUEST_TYPE_SHIFT: Final = 32  # codec.REQUEST's first field: magic, flags, type
@@ -71,7 +72,7 @@ class Nbd:
         self._sock.settimeout(ANSWER_S)
         try:
             self._sock.connect(os.fspath(path))
-            self._negotiate(export.encode())
+            self._negotiate(export)
         except OSError as error:
             self._sock.close()
             raise ConnectionLost(f"{path}: {error.strerror or error}") from error
@@ -168,23 +169,22 @@ class Nbd:
 
     # ----------------------------------------------------------------------------- negotiation
 
-    def _negotiate(self, export: bytes) -> None:
-        magic, option_magic, flags = codec.GREETING.unpack(self._receive(codec.GREETING.size))
-        modern = (magic, option_magic) == (codec.INIT_MAGIC, codec.OPTION_MAGIC)
-        if not modern or not flags & codec.FIXED_NEWSTYLE:
-            raise ConnectionLost("this is no NBD server of today")
-        self._sock.sendall(codec.CLIENT_FLAGS.pack(flags & (codec.FIXED_NEWSTYLE | codec.NO_ZEROES)))
-        data = codec.U32.pack(len(export)) + export + codec.U16.pack(0)
-        self._sock.sendall(codec.OPTION.pack(codec.OPTION_MAGIC, Opt.GO, len(data)) + data)
-        while True:
-            _, _, kind, length = codec.OPTION_REPLY.unpack(self._receive(codec.OPTION_REPLY.size))
-            data = self._receive(length)
-            if kind == Rep.ACK:
-                return
-            if kind & 1 << 31:
-                raise NbdRefused(data.decode(errors="replace") or f"NBD error {kind & 0xFFFF}")
-            if kind == Rep.INFO and data[:2] == codec.U16.pack(Info.EXPORT):
-                _, self.size, self.flags = codec.INFO_EXPORT_DATA.unpack(data)
+    def _negotiate(self, export: str) -> None:
+        talk = ClientNegotiation(export)
+        while not talk.over:
+            part = self._sock.recv(1 << 16)
+            if not part:
+                raise ConnectionResetError("the server closed the connection")
+            self._inbox += part
+            try:
+                del self._inbox[: talk.consume(bytes(self._inbox))]
+            except ServerMistake as error:
+                raise ConnectionLost(str(error)) from error
+            self._sock.sendall(talk.out)
+            talk.out.clear()
+        if talk.terms is None:
+            raise NbdRefused(talk.refusal)
+        self.size, self.flags = talk.terms.size, talk.terms.flags
 
 
 def _header(request: Request, cookie: int) -> bytes:

@@ -267,10 +267,11 @@ class Pair:
         """End both daemons, politely if they listen, and remove the directory."""
         if self.config.exists():
             for node in self.nodes:
-                self._end(node)
+                self.end(node)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _end(self, node: Node) -> None:
+    def end(self, node: Node) -> None:
+        """End the node's daemon as its service does: with SIGTERM; returns when it is gone."""
         # SIGCONT, because a test may have stopped it.
         if not self._signal_and_wait(node, signal.SIGTERM, signal.SIGCONT):
             self.kill(node)

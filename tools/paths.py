@@ -3,7 +3,7 @@
 Everything of one node lies in ``RUN-DIR/NODE/``, so that two nodes may share one run directory (as they
 do on one machine in a test): ``RES.ctl`` is the control socket, ``RES.pid`` the pid file whose lock is
 held as long as the daemon lives, ``RES.lock`` the lock of commands that change the resource, ``RES.log``
-the log, and ``RES.nbd`` the default NBD socket.
+the log, and ``RES.nbd`` the default NBD socket. ``nbd/`` is for the keepers of nbd devices.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class NodePaths:
 
     def nbd(self, resource: str) -> Path:
         return self._file(resource, "nbd")
+
+    def nbd_device(self, device: str, kind: str) -> Path:
+        """A file of the keeper of ``/dev/nbdN``; *kind* is pid, log or state."""
+        return self.directory / "nbd" / f"{Path(device).name}.{kind}"
 
     def last_known(self, resource: str, volume: int) -> Path:
         """Where offline commands remember which disk and size a volume's metadata had.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from .block_host import BlockHost
 from .nodes import KernelNode, TandemNode
 from .pair import SIZE, Pair
 from .uml import Lab
@@ -52,6 +53,29 @@ def pair(two_nodes: Pair, request: pytest.FixtureRequest) -> Iterator[Pair]:
     if getattr(request.node, "failed", False) or complaints:
         print(told)
     assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
+
+
+@pytest.fixture(scope="session")
+def block_guest(lab: Lab) -> Iterator[BlockHost]:
+    """A guest, and two Tandem nodes of this machine that offer it a disk."""
+    host = BlockHost(lab, lab.guest("client", [], memory="384M"))
+    host.boot()
+    try:
+        host.pair.start()
+        yield host
+    finally:
+        host.pair.close()
+
+
+@pytest.fixture
+def block_host(block_guest: BlockHost, request: pytest.FixtureRequest) -> Iterator[BlockHost]:
+    """The same, ready for a test: in sync, alice Primary, nothing attached."""
+    block_guest.prepare()
+    yield block_guest
+    if getattr(request.node, "failed", False):
+        print(block_guest.report())
+        block_guest.guest.kill()
+        block_guest.boot()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,1 +1,0 @@
-"""Programs that an administrator names in the ``handlers`` section: fencing, constraints, notifications."""
