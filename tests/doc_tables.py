@@ -7,9 +7,11 @@ from typing import Final
 
 from tandem.repl import packets, transition, uuids
 
+from tests import role_table
+
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 
-NOTE: Final = "This page is generated from `{source}`; change the table there, then `make docs`."
+NOTE: Final = "This page is generated from `{source}`; change it there, then `make docs`."
 
 STATES: Final = """\
 # States: what may change into what
@@ -18,6 +20,26 @@ Every change of a role, connection or disk state goes through one function, `cha
 `repl/transition.py`. It first completes the wish (what else follows from it), then asks these tables. A
 change that an operator asks for is *soft* and may be refused, with the code and the sentence given here;
 what simply happened, a broken disk or a lost link, is *hard* and is never asked for permission.
+
+"""
+
+ROLES: Final = """\
+# Roles: who may become what
+
+What a node answers to a command, by the situation it is in. "yes" is done (also when there was nothing to do); a
+number is DRBD's code of the refusal, explained at the end. The peer has no objection of its own in any of these. The
+rules one by one are in [states.md](states.md).
+
+Connected means with both nodes Secondary unless said otherwise; alone means that the peer can not be reached (its
+data is not known), StandAlone that it is not even looked for. A node that was Primary when it crashed comes back as a
+Secondary that is alone. `--force` makes this node's data the good data: what the peer has changed alone is lost
+then, or it is a split brain when they meet. A promotion that meets a handler waits for it.
+
+`secondary --force` ends the sessions of the NBD clients first: what they have sent is answered, then they are
+disconnected. (In DRBD 9 it makes their further requests fail instead; a connection that ends says the same.)
+
+Two nodes at once are Primary only with `allow-two-primaries`. With `auto-promote yes` opening an export is a `primary`
+of its own, and the last client that leaves a `secondary`; a client is told the refusal.
 
 """
 
@@ -44,6 +66,7 @@ def pages() -> dict[str, str]:
     """The generated pages by file name."""
     sources = {
         "states.md": (STATES, "repl/transition.py", transition.state_table()),
+        "roles.md": (ROLES, "tests/role_table.py", role_table.role_table()),
         "packets.md": (PACKETS, "repl/packets.py", packets.packet_table()),
         "uuid-rules.md": (UUIDS, "repl/uuids.py", uuids.rules_table()),
     }

@@ -46,9 +46,9 @@ def primary(session: Session, target: Target, force: bool) -> int:
     return on_role(session, target, "primary", {"force": force})
 
 
-@verb("secondary", "Demote.", scope="volume", absent=0)
-def secondary(session: Session, target: Target) -> int:
-    return on_role(session, target, "secondary", {})
+@verb("secondary", "Demote.", Option("--force", "Disconnect its clients first."), scope="volume", absent=0)
+def secondary(session: Session, target: Target, force: bool) -> int:
+    return on_role(session, target, "secondary", {"force": force})
 
 
 @verb(

@@ -135,6 +135,9 @@ class FrontEnd(Protocol):
     async def apply(self, config: ResourceConfig) -> None:
         """Offer exactly the volumes of *config*; DeviceError says what cannot be."""
 
+    async def disconnect(self, drain_s: float) -> None:
+        """End the clients' sessions; requests that were taken get *drain_s* seconds to be answered."""
+
     async def stop(self, drain_s: float) -> None:
         """Offer nothing more; requests that were taken get *drain_s* seconds to be answered."""
 
@@ -195,6 +198,8 @@ class Daemon:
     async def command(self, name: str, volume: int | None, args: Json) -> Refusal | None:
         log(self.config.name, f"command: {name}{'' if volume is None else f' volume {volume}'} {args or ''}")
         refusal = check(self.config) if name == "connect" else None
+        if name == "secondary" and args.get("force"):
+            await self.exports.disconnect(DRAIN_S)
         refusal = refusal or await self.runtime.command(name, volume, **args)
         if name == "connect" and refusal is None:
             refusal = await self._listening()

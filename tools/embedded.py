@@ -35,6 +35,9 @@ class _Elsewhere:
     async def apply(self, config: ResourceConfig) -> None:
         """Whoever offers them asks for the volumes when a client comes."""
 
+    async def disconnect(self, drain_s: float) -> None:
+        """They are the sessions of whoever offers them, which only that program can end."""
+
     async def stop(self, drain_s: float) -> None:
         """Whoever offers them has ended its sessions before."""
 

@@ -152,6 +152,12 @@ class Exports:
     def _at(self, listener: Listener) -> list[Volume]:
         return self._offered.get(listener, [])
 
+    async def disconnect(self, drain_s: float) -> None:
+        """End every session, answering what was read from it; new clients may come."""
+        for listener, server in self._servers.items():
+            for volume in self._at(listener):
+                await server.disconnect_export(volume.name, drain_s)
+
     async def stop(self, drain_s: float) -> None:
         """Close every socket and end every session, answering what was read from it."""
         for server in self._servers.values():

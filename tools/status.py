@@ -214,6 +214,8 @@ def _resource_json(resource: ResourceStatus) -> dict[str, Any]:
         "write-ordering": resource.write_ordering,
         "devices": [_volume_json(volume) for volume in resource.volumes],
         "connections": [_connection_json(resource.connection, sizes)],
+        "may_promote": resource.may_promote,  # these two only events2 has in DRBD
+        "promotion_score": resource.promotion_score,
     }
 
 

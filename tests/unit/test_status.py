@@ -149,6 +149,7 @@ def test_json_has_drbdsetups_keys_in_its_order() -> None:
     assert list(resource) == [
         "name", "node-id", "role", "suspended", "suspended-user", "suspended-no-data", "suspended-fencing",
         "suspended-quorum", "force-io-failures", "write-ordering", "devices", "connections",
+        "may_promote", "promotion_score",
     ]  # fmt: skip
     (device,) = resource["devices"]
     assert list(device) == [
