@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .agreement import LOST, SUCCESS
 from .errors import Refusal
-from .events import Answer, Command, ProbeSize
+from .events import Answer, Command
 from .states import ConnState, DiskState, Role
 from .transition import change, needs_agreement, refusal
 from .uuids import UuidSet
@@ -161,20 +161,11 @@ class Commands:
             if "size" in args:
                 disk = replace(vol.config.disk_options, size=int(args["size"]))
                 vol.config = replace(vol.config, disk_options=disk)
-            ticket = self.e.new_ticket()
-            grown = yield lambda resume, t=ticket, v=vol: self._probe(t, v, resume)  # type: ignore[misc]
-            if isinstance(grown, Refusal):
-                return grown
-            refused = yield lambda resume, v=vol, g=grown: self.e.disks.grow(  # type: ignore[misc]
-                v, g.data_size, g.meta_size, bool(args.get("assume_clean")), resume
-            )
+            clean = bool(args.get("assume_clean"))
+            refused = yield lambda resume, v=vol, c=clean: self.e.growth.resize(v, c, resume)  # type: ignore[misc]
             if refused:
                 return refused  # type: ignore[no-any-return]
         return None
-
-    def _probe(self, ticket: int, vol: Volume, resume: Callable[[Any], None]) -> None:
-        self.e.probes[ticket] = resume
-        self.e.out.effects.append(ProbeSize(ticket, vol.number))
 
     # ------------------------------------------------------------------------------ connection
 

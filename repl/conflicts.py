@@ -138,16 +138,16 @@ class Conflicts:
             what = f"local {ours[0].offset >> 9}s +{ours[0].length}, remote {w.sector}s +{w.length}"
             self.e.note(vol, f"Concurrent writes detected: {what}", why="said once per connection", level="warning")
         # A kernel takes a refused write out of its log no earlier than it has answered ours, and wants no
-        # barrier ack before: the epoch stays open until ours are through.
+        # barrier ack before. Only the ack waits: ours may need the kernel's next write to be decided first.
         epoch = w.epoch
-        epoch.active += len(ours)
+        epoch.held += len(ours)
         for r in ours:
             vol.intervals.wait(r, lambda: self._release(epoch))
         self.e.replica.refuse(vol, w, Packet.SUPERSEDED if covered else Packet.RETRY_WRITE)
 
     def _release(self, epoch: PeerEpoch) -> None:
-        epoch.active -= 1
-        self.e.replica.epochs_check()
+        epoch.held -= 1
+        self.e.replica.send_barrier_acks()
 
     # ------------------------------------------------------------------------------ ends
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from .activity_log import ActivityLog, initialised_block
 from .bitmap import Bitmap
 from .config import Fencing
-from .errors import MetadataError, Refusal
+from .errors import Refusal
 from .events import Attach, Attached, ReleaseDisk, SizeChanged
 from .meta_writer import MetaWriter
-from .metadata import MdFlag, layout
+from .metadata import MdFlag
 from .peer import new_size
 from .states import ConnState, DiskState, Role, State
 from .units import SECTOR, n_bits_of
@@ -186,75 +186,6 @@ class Disks:
             assert vol.meta is not None
             vol.meta.write_changed()
         self._set_size(vol, size)
-
-    def grow(self, vol: Volume, data_size: int, meta_size: int, assume_clean: bool, then: Then) -> None:
-        """The backing device grew: move the metadata to where it belongs now, then use the space."""
-        old = vol.layout
-        assert old is not None and vol.meta is not None
-        try:
-            new = layout(old.kind, meta_size, data_size, vol.config.meta_disk.index, old.al_stripes,
-                         old.al_stripe_size_4k)  # fmt: skip
-        except MetadataError as e:
-            then(Refusal(e.code, str(e)))
-            return
-        if new.usable < vol.size:
-            then(Refusal(170, "Implicit device shrinking not allowed. See kernel log."))
-            return
-        vol.data_size = data_size
-        if new == old:
-            self._use_space(vol, assume_clean, then)
-            return
-        vol.io_holds += 1
-        vol.refresh()
-        # Applications are held. What is in flight, and what the peer has not made stable, ends on its own:
-        # until then it needs the old activity log.
-        self.e.log.when_empty(
-            lambda _: self.e.when_quiet(vol, lambda: self._move(vol, new, assume_clean, then))
-        )
-
-    def _move(self, vol: Volume, new: object, assume_clean: bool, then: Then) -> None:
-        """Write the metadata at its new place; a crash in between means a full sync."""
-        from .metadata import Layout
-
-        assert isinstance(new, Layout) and vol.meta is not None
-        meta = vol.meta
-        vol.layout = new
-        vol.usable = new.usable & ~(SECTOR - 1)
-        vol.full_sync_flag = True
-        vol.bitmap.mark_all_dirty()
-
-        def bitmap_written(ok: bool) -> None:
-            vol.full_sync_flag = False
-            meta.superblock(done)
-
-        def done(ok: bool) -> None:
-            vol.io_holds -= 1
-            vol.refresh()
-            if ok:
-                self._use_space(vol, assume_clean, then)
-            else:
-                then(Refusal(118, "IO error(s) occurred during initial access to meta-data."))
-            self.e.mirror.release_held(vol)
-
-        vol.al = ActivityLog(vol.config.disk_options.al_extents, new.al_blocks, new.al_stripes)
-        meta.superblock(
-            lambda ok: meta.write_ring(vol.al.initial_ring(), lambda ok: meta.write_changed(bitmap_written))
-        )
-
-    def _use_space(self, vol: Volume, assume_clean: bool, then: Then) -> None:
-        size = new_size(
-            vol.usable, vol.peer_size if vol.state.connected else 0,
-            vol.config.disk_options.size * SECTOR, vol.la_size,
-        )  # fmt: skip
-        if not vol.state.connected:
-            size = vol.usable if not vol.config.disk_options.size else size
-        if size > vol.size:
-            self.adopt_size(vol, size, set_new=not assume_clean)
-            vol.resize_pending = vol.state.connected  # the peer's answer starts the resync of the new part
-        if vol.state.connected:
-            self.e.peer.send_uuids(vol)
-            self.e.peer.send_sizes(vol, 2 if assume_clean else 0, ask=True)
-        then(None)
 
     # ------------------------------------------------------------------------------ the bitmap as a whole
 

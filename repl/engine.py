@@ -45,6 +45,7 @@ from .events import (
 )
 from .fencing import FencingRoom
 from .flushes import Flushes
+from .growth import Growth
 from .link import Link, Stage
 from .liveness import Liveness
 from .mirror import Mirror
@@ -104,6 +105,7 @@ class Engine:
         self.liveness = Liveness(self)
         self.agreement = Agreement(self)
         self.disks = Disks(self)
+        self.growth = Growth(self)
         self.fencing = FencingRoom(self)
         self.commands = Commands(self)
 

@@ -301,7 +301,8 @@ class Mirror:
             self._release(vol, r)
             self._fail(vol, r, errno.EIO)
             return
-        if vol.dual and self.e.conflicts.peer_first(vol, r):
+        # Two Primaries, or a connection that is gone while the disk still works for it.
+        if (vol.dual or not state.connected) and self.e.conflicts.peer_first(vol, r):
             return
         r.waiting = 0
         if vol.mirror:

@@ -121,6 +121,8 @@ class Peer:
                 self.send_sizes(vol, theirs.dds_flags)
             if (vol.size > usable_before or vol.resize_pending) and not theirs.dds_flags & NO_RESYNC:
                 self.grown(vol)
+            if not theirs.c_size and vol.attached:
+                self.e.growth.follow(vol, bool(theirs.dds_flags & NO_RESYNC))
         vol.resize_pending = False
 
     def grown(self, vol: Volume) -> None:
@@ -338,7 +340,8 @@ class Peer:
             e.disks.attach_refused(vol, decision.abort)
             return (ConnState.CONNECTED, ps.disk) if vol.state.connected else None
         if ps.disk == DiskState.NEGOTIATING:
-            self.send_state(vol)  # the attaching node waits for it, and decides as we did
+            # The attaching node waits for a state that has heard of its disk, and decides as we did.
+            e.out.data.append(pack_state(replace(vol.state, pdsk=ps.disk).word(), vol.number))
             return ConnState.CONNECTED, DiskState.DISKLESS
         if e.link.peer_dry_run and not e.tentative:
             e.drop(ConnState.PROTOCOL_ERROR, "the peer only asked what would happen")
@@ -353,7 +356,10 @@ class Peer:
             old, conn=conn, peer=ps.role, pdsk=peer_disk, peer_isp=ps.aftr_isp or ps.user_isp
         )
         settled = conn in (ConnState.CONNECTED, ConnState.WF_BITMAP_S)
-        if old.disk == DiskState.NEGOTIATING and settled and vol.found_disk is not None:
+        # A peer without a disk answers once it has heard of ours: a diskless Primary may refuse our generation.
+        unheard = max(ps.disk, ps.pdsk) < DiskState.NEGOTIATING
+        attached = old.disk == DiskState.NEGOTIATING and settled and not unheard
+        if attached and vol.found_disk is not None:
             new = replace(new, disk=vol.found_disk)
         connecting = old.conn < ConnState.CONNECTED
         kept = vol.new_current_pending or e.log.kept
@@ -367,6 +373,8 @@ class Peer:
         if connecting and old.suspended and (rebooted or stale):
             e.fencing.peer_was_rebooted()
             return
+        if connecting and conn == ConnState.WF_BITMAP_T and e.log.kept:
+            e.log.mark_unstable(vol)
         alone = ps.role == Role.PRIMARY and peer_disk < DiskState.INCONSISTENT
         if connecting and alone and ps.conn < ConnState.CONNECTED and vol.attached:
             # It has not seen our generation yet, and refuses us if its data is another one.
@@ -378,6 +386,8 @@ class Peer:
                 return
             e.stand_alone(f"({refused.code}) {refused.text}")
             return
+        if attached:
+            self._proven(vol)
         if connecting:
             e.link_established()
         elif (

@@ -56,12 +56,13 @@ _UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags that need 
 class PeerEpoch:
     """What the peer sent between two barriers."""
 
-    __slots__ = ("active", "barrier", "dead", "size")
+    __slots__ = ("active", "barrier", "dead", "held", "size")
 
     def __init__(self) -> None:
         self.barrier: int | None = None  # known once the epoch is complete
         self.size = 0
         self.active = 0  # not yet answered
+        self.held = 0  # writes refused in it whose sender may still count them
         self.dead = False  # its connection is gone: answer nothing
 
 
@@ -98,6 +99,7 @@ class Replica:
         self.e = engine
         self.epoch = PeerEpoch()
         self.closed: deque[PeerEpoch] = deque()
+        self.stable: deque[PeerEpoch] = deque()  # and not acknowledged: it, or one before it, is held
         self.n_active = 0  # writes on the disk, of this and of earlier connections
         self.stall: PeerEpoch | None = None  # nothing starts before this epoch is stable
         self.stalled: deque[tuple[Volume, PeerWrite]] = deque()
@@ -267,7 +269,7 @@ class Replica:
     def barrier(self, barrier: int) -> None:
         """P_BARRIER: the epoch is complete."""
         epoch, self.epoch = self.epoch, PeerEpoch()
-        if not epoch.size:
+        if not epoch.size and not epoch.held:
             return  # an empty epoch is never announced; there is nothing to acknowledge
         epoch.barrier = barrier
         self.closed.append(epoch)
@@ -448,12 +450,19 @@ class Replica:
         self.epochs_check()
 
     def _ack_epoch(self, epoch: PeerEpoch) -> None:
-        assert epoch.barrier is not None
-        if epoch.size:  # what was refused is out of the peer's log, and so is an epoch of nothing else
-            self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
+        self.stable.append(epoch)
+        self.send_barrier_acks()
         if epoch is self.stall:
             self.stall = None
             self._unstall()
+
+    def send_barrier_acks(self) -> None:
+        """P_BARRIER_ACK for what is stable, in order, up to an epoch that is held."""
+        while self.stable and not self.stable[0].held:
+            epoch = self.stable.popleft()
+            assert epoch.barrier is not None
+            if epoch.size:  # what was refused is out of the peer's log, and so is an epoch of nothing else
+                self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
 
     def go_on(self) -> None:
         """What the write at the head waited for may have happened."""
@@ -478,9 +487,10 @@ class Replica:
 
     def connection_lost(self) -> None:
         """The peer is gone: finish its writes on the disk, answer nothing."""
-        for epoch in (*self.closed, self.epoch):
+        for epoch in (*self.stable, *self.closed, self.epoch):
             epoch.dead = True
         self.closed.clear()
+        self.stable.clear()
         self.epoch = PeerEpoch()
         self.stall = None
         self.draining = False

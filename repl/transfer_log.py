@@ -265,13 +265,24 @@ class TransferLog:
             if type(r) is Request and r.volume == vol.number and r.legs & IN_SYNC and r.waiting & LOCAL
         )
 
-    def answered_unstable(self) -> bool:
-        """Does the log hold writes that the peer has answered and may yet lose with its memory?"""
-        return any(
-            type(r) is Request and r.legs & PEER_OK and not r.waiting & PEER
+    def _unstable(self) -> list[Request]:
+        """The writes that the peer has answered and may yet lose with its memory."""
+        return [
+            r
             for epoch in self.epochs
             for r in epoch.requests
-        )
+            if type(r) is Request and r.legs & PEER_OK and not r.waiting & PEER
+        ]
+
+    def answered_unstable(self) -> bool:
+        """Does the log hold writes that the peer has answered and may yet lose with its memory?"""
+        return bool(self._unstable())
+
+    def mark_unstable(self, vol: Volume) -> None:
+        """The peer, perhaps without its memory, is to be our source: its copy of these decides."""
+        for r in self._unstable():
+            if r.volume == vol.number:
+                vol.set_out_of_sync(r.offset, r.length)
 
     def mark_out_of_sync(self, vol: Volume) -> None:
         """The peer lost its disk: nothing it holds unflushed counts any more."""

@@ -242,24 +242,34 @@ class Healer:
             if node.engine is None:
                 node.boot()
         nodes = world.nodes
-        if any(n.commands or n.attaches for n in nodes):
+        if any(n.attaches or any(c.name != "secondary" for c in n.commands.values()) for n in nodes):
             return
         for node in nodes:
-            if node.closing and not node.clients.open:
+            if node.commands:
+                self._thaw(node)  # a demotion waits for the peer's answers, or for the end of the suspension
+            elif node.closing and not node.clients.open:
                 finish_demotion(node)
             else:
                 self._repair(node)
-        if all(n.engine is not None and not n.commands for n in nodes):
+        if all(n.engine is not None and all(c.name == "secondary" for c in n.commands.values()) for n in nodes):
             self._reconnect()
             self._choose_source()
 
+    def _thaw(self, node: Node) -> bool:
+        """Let suspended I/O go on: what the operator suspended at once, what the machine froze after a while."""
+        for v in range(self.w.mix.n_volumes):
+            s = node.state(v)
+            if s.susp or ((s.susp_fen or s.susp_nod) and self.w.now - self.since > FROZEN_PATIENCE_S):
+                node.command("resume-io", v)
+                return True
+        return False
+
     def _repair(self, node: Node) -> None:
         world = self.w
+        if self._thaw(node):
+            return
         for v in range(world.mix.n_volumes):
             s = node.state(v)
-            if s.susp or ((s.susp_fen or s.susp_nod) and world.now - self.since > FROZEN_PATIENCE_S):
-                node.command("resume-io", v)
-                return
             if s.user_isp:
                 node.command("resume-sync", v)
                 return

@@ -18,6 +18,7 @@ from tandem.repl.requests import DATA, META, DiskOp, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.uuids import CompareFacts, UuidSet, compare
 
+from .admin import behind
 from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
 from .fake_disk import PAGE, FakeDisk, Sparse
 from .ondisk import BITS_PER_EXTENT, PRIMARY_IND, WAS_UP_TO_DATE, DiskView, RingWatch, super_at, view_of
@@ -54,7 +55,7 @@ class DiskRecord:
     super_durable: tuple[int, ...] = ()
     super_flying: list[tuple[int, ...]] = field(default_factory=list)
     view: DiskView | None = None  # of a disk that no engine has attached; dropped when its metadata changes
-    n_broke: int = 0  # how often the disk failed an operation
+    n_broke: int = 0  # how often the disk failed an operation, or left
     conn: ConnState = C.STAND_ALONE
     role: Role = Role.SECONDARY
     disk: DiskState = D.DISKLESS
@@ -174,9 +175,10 @@ class Checks:
         ledger = self.w.ledgers[op.volume]
         copy = ledger.copies[1 - node.index]
         payload = bytes(op.payload or b"")
-        for i in range(op.length // SECTOR):
-            s = op.offset // SECTOR + i
-            versions = copy.allowed.get(s)
+        first, n = op.offset // SECTOR, op.length // SECTOR
+        sectors = range(first, first + n)
+        for s in sectors if n < len(copy.allowed) else [s for s in copy.allowed if s in sectors]:
+            versions, i = copy.allowed.get(s), s - first
             if versions is not None:
                 content = payload[i * SECTOR : (i + 1) * SECTOR]
                 if not ledger.fits(s, content, versions):
@@ -239,7 +241,9 @@ class Checks:
         record.ring.reset()
         record.view = None
         n_bits = loaded.bitmap.n_bits
-        missing = [b for b in before.set_bits(n_bits) if not loaded.bitmap.any(b, b + 1)]
+        now = loaded.bitmap.words(0, (n_bits + 63) // 64)
+        lost = before.bits(n_bits) & ~int.from_bytes(now, "little")
+        missing = [lost.bit_length() - 1] if lost else []
         for extent in before.hot:
             first, end = extent * BITS_PER_EXTENT, min((extent + 1) * BITS_PER_EXTENT, n_bits)
             if first < end and loaded.bitmap.count(first, end) != end - first:
@@ -247,7 +251,7 @@ class Checks:
         if before.all_set and loaded.bitmap.weight != n_bits:
             missing.append(0)
         if missing:
-            self.fail("9 metadata", f"{node.config.node} lost the bits {missing[:5]}… at attach")
+            self.fail("9 metadata", f"{node.config.node} lost the bits {missing[:5]} and perhaps more at attach")
 
     # ------------------------------------------------------------------ answers
 
@@ -319,14 +323,22 @@ class Checks:
             self.fail("1 answers", f"{write!r} was answered, it is on no disk: {state}")
         if not reached and (self.w.mix.protocol == "C" or not state.connected):
             self._check_marked(node, write, here)
-        if not reached and not state.connected:
+        # Without waiting for the peer's disk, an answer may be given just before the connection ends in this step.
+        alone = not state.connected and (self.w.mix.protocol == "C" or not self.connected_before(node, volume))
+        if not reached and alone:
             self._check_alone(node, write)
         holders = [n.index for n, holds in ((node, here), (peer, there)) if holds]
         ledger.acked(write, holders)
         if not here:
             ledger.copies[node.index].lacks.add(write)
-        if not there and (self.w.mix.protocol == "C" or not state.connected):
+        # The only good copy may have lost power, and the write unflushed with it, while the answer was on its way.
+        lost = reached and state.disk < D.CONSISTENT
+        if not there and not lost and (self.w.mix.protocol == "C" or not state.connected):
             ledger.copies[peer.index].lacks.add(write)
+
+    def connected_before(self, node: Node, volume: int) -> bool:
+        """Was the volume connected when this step began?"""
+        return self.record(node, volume).conn >= C.CONNECTED
 
     def _check_marked(self, node: Node, write: Write, here: bool) -> None:
         """Rule 1: what the peer lacks is marked, and the peer is out of the mirror."""
@@ -424,6 +436,8 @@ class Checks:
             self._sync_began(node, volume)
         if record.conn in SYNCING_TARGET and state.conn is C.CONNECTED and state.disk is D.UP_TO_DATE:
             self._sync_ended(node, volume)
+        if record.disk is D.UP_TO_DATE is not state.disk:
+            record.n_broke += 1  # detached: what was under way may have gone to the peer alone
         if state.connected:
             node.fenced = node.resumed = False
         record.role, record.conn, record.disk = state.role, state.conn, state.disk
@@ -431,6 +445,9 @@ class Checks:
     def _promoted(self, node: Node, volume: int) -> None:
         """Durability: whoever is promoted serves every answered write it was in the mirror for."""
         ledger, state = self.w.ledgers[volume], node.state(volume)
+        if not state.connected and self.w.mix.fencing is Fencing.DONT_CARE and behind(self.w, node, volume):
+            # Asked for while connected, as an operator may; the link went, and nobody was fenced: a split brain.
+            self.w.split_possible = True
         if state.disk is not D.UP_TO_DATE or any(
             c.name == "primary" and c.args.get("force") for c in node.commands.values()
         ):

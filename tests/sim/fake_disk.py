@@ -61,6 +61,9 @@ class Sparse:
 
     def write(self, offset: int, data: Buffer) -> None:
         at, end, view = offset, offset + len(data), memoryview(data)
+        if len(data) > 2 * PAGE and bytes(data) == bytes(len(data)):
+            self.zero(offset, len(data))
+            return
         while at < end:
             page, start = divmod(at, PAGE)
             step = min(PAGE - start, end - at)

@@ -85,6 +85,7 @@ class Node:
     def forget(self) -> None:
         """The process is gone, and with it everything it waited for."""
         self.engine = None
+        self.due: float | None = None  # when the machine wants to be woken
         self.link = None
         self.connect: int | None = None  # ticket of an outstanding Connect
         self.attaches: list[Attach] = []
@@ -109,13 +110,15 @@ class Node:
 
     @property
     def primary(self) -> bool:
-        return self.engine is not None and any(self.state(v).role is Role.PRIMARY for v in range(self.mix.n_volumes))
+        """Primary in any volume."""
+        return self.engine is not None and Role.PRIMARY in [v.state.role for v in self.engine.volumes.values()]
 
     @property
     def connected(self) -> bool:
-        return self.engine is not None and all(
-            self.state(v).conn >= ConnState.CONNECTED for v in range(self.mix.n_volumes)
-        )
+        """Connected in all volumes."""
+        if self.engine is None:
+            return False
+        return min([v.state.conn for v in self.engine.volumes.values()]) >= ConnState.CONNECTED
 
     def good_disk(self, volume: int) -> bool:
         return self.engine is not None and self.state(volume).disk is DiskState.UP_TO_DATE
@@ -209,6 +212,7 @@ class Node:
         for _ in range(1000):
             out = engine.take()
             if not out:
+                self.due = engine.deadline()
                 return
             end = self.link
             if (out.data or out.meta) and end is not None and end.started and not end.closed:

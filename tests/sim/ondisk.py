@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from tandem.repl.metadata import Layout
@@ -81,10 +82,14 @@ def super_at(image: Sparse, layout: Layout) -> SuperView:
     return view_of(image.read(layout.superblock, 72))
 
 
+@lru_cache(4096)
 def ring_updates(
     block: bytes, *, check_crc: bool = True
 ) -> tuple[int, list[tuple[int, int]], list[tuple[int, int]]] | None:
-    """(transaction number, context as (slot, extent), updates as (slot, extent)) of an update block."""
+    """(transaction number, context as (slot, extent), updates as (slot, extent)) of an update block.
+
+    The same blocks are read again and again: what was found is remembered, and not to be changed.
+    """
     magic, tr, crc, kind, n_updates, size, start = _AL_HEAD.unpack_from(block)
     if magic != AL_MAGIC or kind != 0:
         return None
@@ -133,17 +138,9 @@ class DiskView:
     def covers(self, bit: int) -> bool:
         return self.all_set or bit // BITS_PER_EXTENT in self.hot or self.bit(bit)
 
-    def set_bits(self, n_bits: int) -> list[int]:
-        """Every bit below *n_bits* set on disk."""
-        found = []
-        for at in range(0, (n_bits + 7) // 8, PAGE):
-            page = self._image.pages.get((self._layout.bitmap + at) // PAGE)
-            if page is None:
-                continue
-            for i, byte in enumerate(page):
-                if byte:
-                    found += [b for b in range((at + i) * 8, (at + i) * 8 + 8) if byte >> (b % 8) & 1 and b < n_bits]
-        return found
+    def bits(self, n_bits: int) -> int:
+        """The bits below *n_bits* on disk, as one number."""
+        return int.from_bytes(self._image.read(self._layout.bitmap, (n_bits + 7) // 8), "little") & (1 << n_bits) - 1
 
 
 class RingWatch:

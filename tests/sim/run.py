@@ -21,6 +21,8 @@ from tests.sim.mix import Mix, draw
 from tests.sim.scenarios import SCENARIOS, play
 from tests.sim.world import World
 
+COLLECT_EVERY = 25  # runs
+
 
 class Failure(Exception):
     """A run that failed: its seed, and what to print."""
@@ -88,11 +90,12 @@ def main() -> int:
     if args.scenario is not None:
         return replay_scenario(args.scenario, [int(c) for c in args.script.split(",") if c], args.lines)
     seeds = [args.seed] if args.seed is not None else range(args.first, args.first + args.n)
+    gc.disable()  # worlds are full of cycles, and die all at once
     start, n_failed, n_steps, n_acked, n = time.process_time(), 0, 0, 0, 0
     for seed in seeds:
         n += 1
-        if n % 50 == 0:
-            gc.collect()  # worlds are full of cycles
+        if n % COLLECT_EVERY == 0:
+            gc.collect()
         try:
             world = run_seed(seed)
             n_steps += world.n_steps

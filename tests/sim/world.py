@@ -156,7 +156,7 @@ class World:
         return options
 
     def _tick_option(self, options: list[Option]) -> bool:
-        deadlines = [d for n in self.nodes if n.engine is not None and (d := n.engine.deadline()) is not None]
+        deadlines = [n.due for n in self.nodes if n.due is not None]
         if not deadlines:
             return False
         options.append((self.mix.tick if options else 1.0, self.tick, (min(deadlines),)))
@@ -461,7 +461,7 @@ class World:
     def healthy(self) -> bool:
         """Both nodes are up, connected, UpToDate, and nothing is on its way."""
         for node in self.nodes:
-            if node.engine is None:
+            if node.engine is None or node.link is None or any(p.ended for p in node.link.inbound):
                 return False
             for v in range(self.mix.n_volumes):
                 s = node.state(v)

@@ -140,6 +140,29 @@ def test_refused_writes_count_in_no_epoch_and_hold_it_open() -> None:
     assert barrier_acks(lone) == [(5, 1)], "an epoch of refused writes only is not in the peer's log either"
 
 
+def test_an_epoch_of_refused_writes_only_holds_the_acks_behind_it() -> None:
+    lone = dual(resolver=True, ours=False)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(2, 2, 1), pack_barrier(0), theirs(80, 8, 2), pack_barrier(1))
+    lone.settle()
+    assert barrier_acks(lone) == [], "the peer still counts the one that was refused"
+    lone.meta(their_ack(r, 4))
+    assert barrier_acks(lone) == [(1, 1)]
+
+
+def test_only_the_barrier_ack_waits_not_the_writes_behind_it() -> None:
+    """A kernel answers ours when it knows what becomes of its next write, and that one is behind the barrier."""
+    lone = dual(resolver=True, ours=False)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(2, 2, 1), theirs(80, 8, 2), pack_barrier(0), theirs(6, 8, 3))
+    lone.settle()
+    assert acks(lone) == ["SUPERSEDED", "WRITE_ACK", "RETRY_WRITE"] and barrier_acks(lone) == []
+    lone.meta(their_ack(r, 4))
+    assert barrier_acks(lone) == [(0, 1)]
+
+
 # ------------------------------------------------------------------------------------------ the other node
 
 

@@ -172,6 +172,19 @@ def test_what_the_peer_said_before_it_heard_of_our_disk_decides_nothing() -> Non
     assert lone.conn() == C.WF_BITMAP_T
 
 
+def test_a_primary_without_a_disk_is_asked_before_our_disk_counts() -> None:
+    """What it said before it heard of our disk is no consent to our generation: it may have moved on."""
+    lone = Lone()
+    lone.connect()
+    found(lone)
+    primary = replace(PEER_SECONDARY, role=Role.PRIMARY, conn=C.CONNECTED, disk=D.DISKLESS)
+    lone.data(pack_state(replace(primary, pdsk=D.DISKLESS).word(), 0))
+    assert lone.local_disk() == D.NEGOTIATING and not lone.vol.uuids.bitmap
+    lone.data(pack_state(replace(primary, pdsk=D.UP_TO_DATE).word(), 0))
+    assert lone.local_disk() == D.UP_TO_DATE
+    assert lone.vol.uuids.bitmap, "it writes here alone from now on: a generation of its own"
+
+
 def test_a_disk_that_is_negotiating_when_the_link_breaks_is_what_was_found() -> None:
     lone = Lone()
     lone.connect()

@@ -325,6 +325,21 @@ def test_a_replayed_log_keeps_what_was_acked_but_not_stable() -> None:
     assert answered in lone.done
 
 
+def test_a_frozen_sync_target_takes_what_was_not_stable_from_its_source() -> None:
+    """The source may have lost power meanwhile: what it acked without a flush must not count as in sync."""
+    lone = Lone(options={"on_no_data_accessible": "suspend-io"}).target((10, 12), role=Role.SECONDARY)
+    lone.primary()
+    r = lone.submit(Op.WRITE, 3 * 4096)
+    lone.settle()
+    lone.meta(lone.ack(r))
+    assert r in lone.done and not lone.vol.bitmap.any(3, 4)
+    lose(lone)
+    assert lone.state.susp_nod and not lone.vol.bitmap.any(3, 4), "the log is kept"
+    u = lone.vol.uuids
+    lone.connect(uuids=(0x20, u.current & ~1, 0x10, 0), bits=2)
+    assert lone.conn() == ConnState.WF_BITMAP_T and lone.vol.bitmap.any(3, 4)
+
+
 def test_after_the_replay_a_barrier_ack_settles_the_whole_log() -> None:
     lone, (_, waiting) = frozen()
     lone.packets.clear()

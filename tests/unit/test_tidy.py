@@ -266,7 +266,7 @@ def test_nbd_yields_to_libnbd() -> None:
 # ---------------------------------------------------------------------------------------- documents
 
 
-ROOMS = (".", "repl", "repl/edge", "nbd", "tools", "tests", "tests/sim", "docs", "benchmarks")
+ROOMS = (".", "repl", "repl/edge", "nbd", "tools", "tools/agents", "tests", "tests/sim", "docs", "benchmarks")
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -290,7 +290,7 @@ def test_links_in_documents_lead_somewhere() -> None:
 
 def test_files_that_a_room_lists_exist_and_all_are_listed() -> None:
     bad = []
-    for room in ("repl", "repl/edge", "nbd", "tools"):
+    for room in ("repl", "repl/edge", "nbd", "tools", "tools/agents"):
         text = (ROOT / room / "README.md").read_text()
         named = set(re.findall(r"`([a-z_0-9]+)(?:\.py)?`", text)) | set(re.findall(r"([a-z_0-9]+)\.py", text))
         patterns = [p.replace("*", "[a-z_0-9]+") for p in re.findall(r"`([a-z_0-9]+\*)(?:\.py)?`", text)]

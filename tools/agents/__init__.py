@@ -1,0 +1,1 @@
+"""Programs that an administrator names in the ``handlers`` section: fencing, constraints, notifications."""
