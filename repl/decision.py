@@ -72,6 +72,7 @@ class Decision:
     *split_brain*: the two histories diverged, solved or not. *helpers* are to be called in this order.
     *demote_self*: the policy chose the peer's data, provided that this node can be demoted first; try that
     before anything else of the decision, and if it is refused decide again with ``demotion_failed``.
+    *yields*: after an unresolved split brain, who is to be fenced if anybody is ("self" or "peer").
     *own* and *peer* replace both sets, also after an abort. *log* does not repeat the sentence of *abort*.
     """
 
@@ -86,6 +87,7 @@ class Decision:
     own: UuidSet
     peer: UuidSet
     log: tuple[str, ...]
+    yields: str = ""
 
 
 # ----------------------------------------------------------------------------- the automatic policies
@@ -211,6 +213,7 @@ class _Draft:
     helpers: list[str] = field(default_factory=list)
     demote_self: bool = False
     abort: str = ""
+    yields: str = ""
 
 
 def decide(f: DecisionFacts) -> Decision:
@@ -232,7 +235,7 @@ def decide(f: DecisionFacts) -> Decision:
     return Decision(
         draft.value, verdict.rule, conn, draft.abort, conn is not None and abs(draft.value) == 2,
         draft.split_brain, tuple(draft.helpers), conn is not None and draft.demote_self,
-        verdict.own, verdict.peer, tuple(draft.log),
+        verdict.own, verdict.peer, tuple(draft.log), draft.yields,
     )  # fmt: skip
 
 
@@ -282,6 +285,16 @@ def _solve_split_brain(f: DecisionFacts, draft: _Draft) -> None:
     if draft.value == _UNSOLVED:
         draft.abort = "Split-Brain detected but unresolved, dropping connection!"
         draft.helpers.append("split-brain")
+        draft.yields = _yields(f)
+
+
+def _yields(f: DecisionFacts) -> str:
+    """Who has less to lose, the same on both nodes: not the only Primary, else who changed fewer blocks."""
+    if f.demotion_failed:
+        return "self"  # a policy has decided for the peer
+    if f.n_primaries == 1:
+        return "peer" if f.compare.own_primary else "self"
+    return "self" if _least_changes(f) < 0 else "peer"
 
 
 def _apply_policy(f: DecisionFacts, draft: _Draft, *, full: bool) -> None:

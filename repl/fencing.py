@@ -21,7 +21,9 @@ class FencingRoom:
 
     def __init__(self, engine: Engine) -> None:
         self.e = engine
-        self._running = False
+        # Who waits for the handler that runs, and how many connections had been established when each began to.
+        self._waiting: list[tuple[int, Callable[[bool], None]]] = []
+        self._yields = False  # this node has lost a split brain
 
     @property
     def policy(self) -> Fencing:
@@ -38,7 +40,7 @@ class FencingRoom:
     def peer_lost(self) -> None:
         """The connection of a Primary went: call the handler if the policy wants it, in the background."""
         volumes = self.e.volumes.values()
-        if self._running or not any(
+        if self._yields or not any(
             v.state.role == Role.PRIMARY and v.state.pdsk >= DiskState.D_UNKNOWN for v in volumes
         ):
             return
@@ -57,20 +59,44 @@ class FencingRoom:
                 self.e.note(None, "Not fencing peer, I'm not even Consistent myself.", level="warning")
             then(not wanted)
             return
-        ticket = self.e.link.ticket
-        connects = self.e.n_established
-        self._running = True
+        self._waiting.append((self.e.n_established, then))
+        if len(self._waiting) == 1:  # else the handler runs already, and one answer is enough
+            self.e.run_handler("fence-peer", None, self._exited)
 
-        def exited(code: int) -> None:
-            self._running = False
-            stale = connects != self.e.n_established or self.e.connected
-            if stale or (ticket != self.e.link.ticket and self.e.connected):
-                self.e.note(None, f"fence-peer returned {code}, but the peer is back: ignored", level="warning")
+    def _exited(self, code: int) -> None:
+        """The handler's word counts for those who have waited since before it was called."""
+        waiting, self._waiting = self._waiting, []
+        began = waiting[0][0]
+        if began == self.e.n_established and not self.e.connected:
+            ok = self._outcome(code)
+            for _, then in waiting:
+                then(ok)
+            return
+        self.e.note(None, f"fence-peer returned {code}, but the peer is back: ignored", level="warning")
+        for connects, then in waiting:
+            if connects == began or self.e.connected:
                 then(False)
-                return
-            then(self._outcome(code))
+            else:  # the peer came back and was lost again: nobody has fenced it since
+                self.fence(then)
 
-        self.e.run_handler("fence-peer", None, exited)
+    def split_brain(self, yields: str, why: str) -> None:
+        """Part from the peer after a split brain that nobody could solve: one node's ``fence-peer`` is called
+        for the other one, which *yields* ("self" or "peer") and leaves the peer alone.
+
+        Without a fencing policy both only part. Who yields ends Outdated, or as a Primary with its I/O
+        frozen under resource-and-stonith, until it is fenced.
+        """
+        self._yields = yields == "self" and self.policy != Fencing.DONT_CARE
+        self.e.stand_alone(why)
+        primary = any(v.state.role == Role.PRIMARY for v in self.e.volumes.values())
+        if yields == "peer" and primary and self.policy != Fencing.DONT_CARE and not self._waiting:
+            self.fence(lambda ok: None)  # it was believed to be Outdated, and has written all the same
+        if self._yields:
+            self.e.note(None, "split brain: this node yields, and is to be fenced by its peer", level="error")
+            for vol in self.e.volumes.values():
+                if vol.state.role == Role.SECONDARY and vol.state.disk > DiskState.OUTDATED:
+                    self.e.change(vol, replace(vol.state, disk=DiskState.OUTDATED), hard=True, why="split brain")
+        self._yields = False
 
     def _outcome(self, code: int) -> bool:
         volumes = list(self.e.volumes.values())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,8 +44,7 @@ def environment(
     env = {
         "HOME": "/",
         "TERM": "linux",
-        # Our own programs come last, so that a handler finds them even when they are not installed.
-        "PATH": f"{SEARCH_PATH}:{os.path.dirname(sys.executable)}",
+        "PATH": _search_path(),
         "DRBD_RESOURCE": config.name,
         "DRBD_CONF": config.file,
         "DRBD_PEER": config.peer,
@@ -77,6 +77,18 @@ def environment(
         if name in ("fence-peer", "unfence-peer"):
             env["UP_TO_DATE_NODES"] = f"0x{_up_to_date_nodes(config, status):08X}"
     return env
+
+
+def _search_path() -> str:
+    """Our own programs come last, so that a handler finds them even when they are not installed.
+
+    A directory of the daemon's own PATH in which ``drbdadm`` is Tandem comes first: it was put there to that end.
+    """
+    parts = [SEARCH_PATH, os.path.dirname(sys.executable)]
+    drbdadm = shutil.which("drbdadm")
+    if drbdadm is not None and os.path.basename(os.path.realpath(drbdadm)) == "tandemadm":
+        parts.insert(0, os.path.dirname(os.path.abspath(drbdadm)))
+    return ":".join(parts)
 
 
 def _up_to_date_nodes(config: ResourceConfig, status: ResourceStatus) -> int:
@@ -129,8 +141,10 @@ class Handlers:
                 _signal_group(process, signal.SIGKILL)
 
     def _run(self, effect: RunHandler, command: str, env: dict[str, str], subject: str) -> None:
+        self._notify(Notify(subject, f"helper command: {effect.name}", command))
         code = self._call(effect, command, env, subject)
         if not self._stopped:
+            self._notify(Notify(subject, f"helper command: {effect.name} [exit code {code}]"))
             self._report(HandlerExited(effect.ticket, code))
 
     def _call(self, effect: RunHandler, command: str, env: dict[str, str], subject: str) -> int:

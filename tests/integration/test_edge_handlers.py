@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,8 @@ class Log:
 
     @property
     def lines(self) -> list[str]:
-        return [note.text for note in self.notes]
+        """What the handler printed, and what is said about it besides its begin and end."""
+        return [note.text for note in self.notes if not note.text.startswith("helper command: ")]
 
 
 def test_a_device_handler_sees_its_volume() -> None:
@@ -65,6 +67,14 @@ def test_a_device_handler_sees_its_volume() -> None:
     }  # fmt: skip
     assert env.pop("PATH").startswith("/sbin:/usr/sbin:/bin:/usr/bin:/lib/drbd")
     assert env == expected
+
+
+def test_drbds_names_come_first_where_they_were_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "drbdadm").symlink_to(Path(sys.executable).with_name("tandemadm"))
+    assert environment(CONFIG, "fence-peer", None, None)["PATH"].startswith(f"{tmp_path}:/sbin:")
+    (tmp_path / "drbdadm").unlink()
+    assert environment(CONFIG, "fence-peer", None, None)["PATH"].startswith("/sbin:")
 
 
 def test_the_fencing_handlers_see_the_whole_resource() -> None:
@@ -83,6 +93,8 @@ def test_the_exit_code_and_every_line_of_output_are_reported() -> None:
     assert log.run("fence-peer") == 4
     assert log.lines == ["fence-peer: peer is beta", "fence-peer: oops", "fence-peer: unended"]
     assert {note.subject for note in log.notes} == {"r0"}
+    told = [note.text for note in log.notes if note.text not in log.lines]
+    assert told == ["helper command: fence-peer", "helper command: fence-peer [exit code 4]"]
 
 
 def test_without_a_handler_the_exit_code_is_0() -> None:
@@ -114,7 +126,7 @@ def test_a_handler_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
     log = Log(fence_peer="trap '' TERM; echo waiting; while :; do sleep 1; done")
     assert log.run("fence-peer") == EXIT_NOT_RUN
     assert log.lines[0] == "fence-peer: waiting"
-    assert "did not end within 0.2 seconds" in log.lines[-1] and log.notes[-1].level == "error"
+    assert "did not end within 0.2 seconds" in log.lines[-1] and log.notes[-2].level == "error"
 
 
 def test_chatting_does_not_lengthen_the_time_limit() -> None:

@@ -141,6 +141,30 @@ def test_step_5_discard_my_data(f: DecisionFacts) -> None:
     assert decide(replace(f, own_discard=True, peer_discard=True)).value == -100
 
 
+@pytest.mark.parametrize(("changes", "yields"), [
+    ({"own_primary": True, "own_bits": 1, "peer_bits": 9}, "peer"),
+    ({"peer_primary": True, "own_bits": 9, "peer_bits": 1}, "self"),
+    ({"own_bits": 1, "peer_bits": 2}, "self"), ({"own_bits": 2, "peer_bits": 1}, "peer"),
+    ({"own_primary": True, "peer_primary": True, "own_bits": 1, "peer_bits": 2}, "self"),
+    ({"resolver": True}, "self"), ({"resolver": False}, "peer"),
+])  # fmt: skip
+def test_who_yields_is_the_same_on_both_nodes(changes: dict[str, object], yields: str) -> None:
+    assert decide(split(**changes)).yields == yields
+    swap = {"own": "peer", "peer": "own"}
+    other: dict[str, object] = {
+        name if name == "resolver" else swap[name.partition("_")[0]] + "_" + name.partition("_")[2]:
+            (not value if name == "resolver" else value)
+        for name, value in changes.items()
+    }  # fmt: skip
+    mirrored = decide(facts(PEER_SB, OWN_SB, **other)).yields
+    assert {yields, mirrored} == {"self", "peer"}
+
+
+def test_nobody_yields_when_it_is_solved() -> None:
+    assert decide(split(own_discard=True)).yields == "" and decide(facts(AHEAD, BEHIND)).yields == ""
+    assert decide(split(own_primary=True, demotion_failed=True)).yields == "self"
+
+
 def test_discard_my_data_means_nothing_without_split_brain() -> None:
     assert decide(facts(AHEAD, BEHIND, own_discard=True)).value == 1
 

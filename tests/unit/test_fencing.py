@@ -243,3 +243,72 @@ def test_a_secondary_that_is_refused_outdates_itself() -> None:
     lone.meta(pack_state_reply(1, 0, True))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.local_disk() == D.OUTDATED
+
+
+# ------------------------------------------------------------------------------------ lost more than once
+
+
+def test_a_peer_that_is_lost_again_meanwhile_is_fenced_again() -> None:
+    """Else I/O would be frozen for ever: the answer to the first call says nothing of the second loss."""
+    lone, r = lost(STONITH)
+    first = lone.handler("fence-peer")
+    lone.connect()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone again"))
+    lone.settle()
+    assert lone.handler("fence-peer").ticket == first.ticket, "one at a time"
+    lone.handle(HandlerExited(first.ticket, 4))
+    lone.settle()
+    assert lone.handler("fence-peer").ticket != first.ticket and lone.state.susp_fen
+    exits(lone, 7)
+    assert not lone.state.suspended and lone.state.pdsk == D.OUTDATED and r in lone.done
+
+
+def test_a_promotion_shares_the_handler_that_runs() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",)).as_secondary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    first, second = lone.command("primary"), lone.command("primary")
+    assert len([e for e in lone.effects if getattr(e, "name", "") == "fence-peer"]) == 1
+    exits(lone, 4)
+    assert lone.answered(first) == "done" and lone.answered(second) == "done"
+
+
+# ------------------------------------------------------------------------------------------- split brain
+
+
+def fenced(lone: Lone) -> bool:
+    return any(getattr(effect, "name", "") == "fence-peer" for effect in lone.effects)
+
+
+@pytest.mark.parametrize("policy", [STONITH, RESOURCE_ONLY])
+def test_the_winner_of_a_split_brain_has_the_other_one_fenced(policy: dict[str, object]) -> None:
+    lone = Lone(disk=policy, handlers=("fence-peer",)).ready()
+    lone.engine.fencing.split_brain("peer", "split brain")
+    lone.settle()
+    assert lone.conn() == ConnState.STAND_ALONE and lone.state.susp_fen == (policy is STONITH)
+    exits(lone, 7)
+    assert lone.state.pdsk == D.OUTDATED and not lone.state.suspended
+
+
+@pytest.mark.parametrize("policy", [STONITH, RESOURCE_ONLY])
+def test_who_yields_shoots_nobody(policy: dict[str, object]) -> None:
+    lone = Lone(disk=policy, handlers=("fence-peer",)).ready()
+    lone.engine.fencing.split_brain("self", "split brain")
+    lone.settle()
+    assert lone.conn() == ConnState.STAND_ALONE and not fenced(lone)
+    assert lone.state.susp_fen == (policy is STONITH), "no write is answered until it is shot"
+
+
+def test_a_secondary_that_yields_is_outdated() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",)).as_secondary()
+    lone.engine.fencing.split_brain("self", "split brain")
+    lone.settle()
+    assert lone.local_disk() == D.OUTDATED and not fenced(lone)
+
+
+def test_without_a_policy_a_split_brain_only_parts() -> None:
+    for yields in ("self", "peer"):
+        lone = Lone(handlers=("fence-peer",)).as_secondary()
+        lone.engine.fencing.split_brain(yields, "split brain")
+        lone.settle()
+        assert lone.conn() == ConnState.STAND_ALONE and lone.local_disk() == D.UP_TO_DATE and not fenced(lone)
