@@ -50,6 +50,9 @@ class Exports(Protocol):
 
     def volumes(self) -> Sequence[Volume]: ...
 
+    def not_yet(self, volume: Volume) -> bool:
+        """Is *volume* to be made ready first? Then `Negotiation.go_on` is called once it may be opened."""
+
     def open(self, volume: Volume) -> tuple[bool, str | None]:
         """Open *volume* for this client: (writable, None), or (False, why not)."""
 
@@ -118,6 +121,8 @@ class Negotiation:
         self._structured = False
         self._extended = False
         self._context_for: str | None = None  # the export name for which base:allocation was selected
+        self._parked: tuple[int, bytes] | None = None  # an option whose volume is being made ready
+        self._ready = False  # it was: it is not asked about twice
         self._skip = 0  # bytes of an oversized option still to be thrown away
         self.state = State.HAGGLING
         self.terms: Terms | None = None
@@ -129,11 +134,12 @@ class Negotiation:
     def consume(self, view: memoryview) -> int:
         """Take the complete messages at the start of *view*; return their bytes.
 
-        Stops as soon as the negotiation is over: what follows belongs to the transmission phase.
+        Stops as soon as the negotiation is over: what follows belongs to the transmission phase. Stops also
+        while it is ``parked``; what follows is to be offered again after `go_on`.
         Raises ClientError when the client is not speaking this protocol.
         """
         at = 0
-        while self.state is State.HAGGLING and at < len(view):
+        while self.state is State.HAGGLING and not self.parked and at < len(view):
             rest = view[at:]
             if self._skip:
                 step = min(self._skip, len(rest))
@@ -149,6 +155,25 @@ class Negotiation:
                     break
             at += step
         return at
+
+    @property
+    def parked(self) -> bool:
+        """Does the client wait for a volume that is being made ready?"""
+        return self._parked is not None
+
+    def go_on(self) -> None:
+        """The volume is as ready as it will be: handle the option that waited for it."""
+        assert self._parked is not None
+        (option, data), self._parked = self._parked, None
+        self._ready = True
+        self._handle(option, data)
+        self._ready = False
+
+    def _waits(self, volume: Volume, option: int, data: bytes) -> bool:
+        if self._ready or not self._exports.not_yet(volume):
+            return False
+        self._parked = option, data
+        return True
 
     def need(self, rest: memoryview) -> int:
         """The length of the incomplete message *rest*, for the receiver."""
@@ -241,6 +266,8 @@ class Negotiation:
         except _BadOption as bad:
             self._end(bad.text)
             return
+        if self._waits(volume, Opt.EXPORT_NAME, data):
+            return
         writable, refusal = self._exports.open(volume)
         if refusal is not None:
             self._end(refusal)
@@ -268,6 +295,8 @@ class Negotiation:
         wanted = {fields.u16() for _ in range(fields.u16())}
         fields.finish()
         volume = self._find(name)
+        if self._waits(volume, option, data):
+            return
         writable, refusal = self._exports.open(volume)
         if refusal is not None:
             raise _BadOption(Rep.ERR_POLICY, refusal)

@@ -33,9 +33,17 @@ LINGER_S: Final = 60.0  # a client that has said goodbye has this long to take i
 DRAIN_S: Final = 10.0  # requests in flight get this long at the end of a session we end
 SESSIONS_MAX: Final = 1024  # connections at a time; more wait in the listen queue
 HUNG_UP: Final = "it hung up"
+IDLE: Final = "it did not choose an export in time"
 CHUNK_MAX: Final = 256 << 10  # a batch of 64 writes of 4 KiB; bounds the requests of one receive, too
 
 Exported = Callable[[], Sequence[Volume]] | Mapping[str, Volume]
+# Whether a volume is made ready before it can be opened; if so, the function is called when that has ended.
+Prepare = Callable[[Volume, Callable[[], None]], bool]
+
+
+def _always_ready(volume: Volume, then: Callable[[], None]) -> bool:
+    """No volume has to be made ready."""
+    return False
 
 
 def _silent(text: str) -> None:
@@ -52,6 +60,7 @@ class Server:
     def __init__(
         self, exports: Exported, *,
         log: Callable[[str], None] = _silent,
+        prepare: Prepare = _always_ready,
         sessions_max: int | None = None,
         negotiation_s: float = NEGOTIATION_S,
     ) -> None:  # fmt: skip
@@ -62,6 +71,7 @@ class Server:
         self._listeners: list[Listener] = []
         self.negotiation_s = negotiation_s
         self.log = log
+        self.prepare = prepare
         self.sessions: set[Session] = set()
 
     async def start(
@@ -145,12 +155,16 @@ async def _drain(sessions: list[Session], drain_s: float) -> bool:
 class _Exports:
     """What one client may see and open."""
 
-    def __init__(self, server: Server, writable: bool) -> None:
+    def __init__(self, server: Server, writable: bool, go_on: Callable[[], None]) -> None:
         self._server = server
         self._writable = writable
+        self._go_on = go_on
 
     def volumes(self) -> Sequence[Volume]:
         return self._server.volumes()
+
+    def not_yet(self, volume: Volume) -> bool:
+        return self._writable and self._server.prepare(volume, self._go_on)
 
     def open(self, volume: Volume) -> tuple[bool, str | None]:
         refusal = volume.open(self._writable)
@@ -168,7 +182,8 @@ class Session:
         self._server = server
         self._sock = sock
         self._loop = loop
-        self._negotiation = Negotiation(_Exports(server, not read_only))
+        self._negotiation = Negotiation(_Exports(server, not read_only, self._prepared))
+        self._later = b""  # what the client sent while its volume was being made ready
         self._transmission: Transmission | None = None
         self._receiver = Receiver(sock, self._consume, self._need, chunk_max=CHUNK_MAX)
         self._sender = Sender(
@@ -185,7 +200,7 @@ class Session:
         self.writable = False
         self.peer = _prepare(sock)
         self.gone: asyncio.Future[None] = loop.create_future()
-        self._timer = loop.call_later(server.negotiation_s, self.abort, "it did not choose an export in time")
+        self._timer = loop.call_later(server.negotiation_s, self.abort, IDLE)
         self._send_negotiated()
         self._review()
 
@@ -213,17 +228,46 @@ class Session:
             return transmission.consume(view)
         if self._ending:
             return len(view)
+        used = self._negotiate(lambda: self._negotiation.consume(view))
+        if self._transmission is not None:
+            return used + self._consume(view[used:])
+        if self._negotiation.parked:
+            self._timer.cancel()
+            self._later += bytes(view[used:])
+            return len(view)
+        return len(view) if self._ending else used
+
+    def _negotiate(self, step: Callable[[], int]) -> int:
+        """A step of the negotiation, and what follows from it; returns what *step* does."""
         try:
-            used = self._negotiation.consume(view)
+            used = step()
         finally:
             self._send_negotiated()
         if self._negotiation.state is State.ENDED:
             self._stop_reading(self._negotiation.why)
-            return len(view)
-        if self._negotiation.terms is not None:
+        elif self._negotiation.terms is not None:
             self._enter_transmission(self._negotiation.terms)
-            return used + self._consume(view[used:])
         return used
+
+    def _prepared(self) -> None:
+        """The volume this client waits for is ready, or could not be made so."""
+        if self._closed or self._ending:
+            return
+        self._timer = self._loop.call_later(self._server.negotiation_s, self.abort, IDLE)
+        later, self._later = self._later, b""
+
+        def step() -> int:
+            self._negotiation.go_on()
+            return 0
+
+        self._within = True
+        try:
+            self._negotiate(step)
+            self._receiver.feed(memoryview(later))
+        except ClientError as error:
+            self._stop_reading(f"it broke the protocol: {error}")
+        self._within = False
+        self._review()
 
     def _need(self, rest: memoryview) -> int:
         return (self._transmission or self._negotiation).need(rest)

@@ -27,6 +27,7 @@ Story = Generator[Wait, Any, "Refusal | None"]
 
 MASKS = {"role": 0x3, "conn": 0x1F0, "disk": 0x1E00, "pdsk": 0x1E000}
 TRIES = 4
+NOBODY = 0  # the ticket of a command that nobody waits for
 
 
 class Commands:
@@ -237,11 +238,22 @@ class Commands:
     # ------------------------------------------------------------------------------ role
 
     def _primary(self, command: Command) -> Story:
+        auto = bool(command.args.get("auto"))
+        if not auto:
+            self.e.auto_promoted = False  # from now on until somebody says secondary
+        elif all(v.state.role == Role.SECONDARY for v in self.e.volumes.values()):
+            self.e.auto_promoted = True
         for vol in self._volumes(command):
             refused = yield from self._promote(vol, bool(command.args.get("force")))
             if refused:
                 return refused
         return None
+
+    def clients_changed(self) -> None:
+        """Clients have opened or left volumes: an auto-promoted node is demoted behind the last one."""
+        if self.e.auto_promoted and not any(v.open_count for v in self.e.volumes.values()):
+            self.e.auto_promoted = False
+            self.run(Command(NOBODY, "secondary"))
 
     def _promote(self, vol: Volume, force: bool) -> Story:
         if vol.state.role == Role.PRIMARY:

@@ -86,6 +86,7 @@ class Engine:
         self.csums: Digest | None = digest(config.net.csums_alg)
         self.tentative = False
         self.disconnecting = False
+        self.auto_promoted = False  # Primary because a client came, and until the last one goes
         self.n_established = 0
         self.probes: dict[int, Callable[[Any], None]] = {}
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -234,6 +235,7 @@ class Engine:
                     resume(event)
             case Opened():
                 self.volumes[event.volume].open_count = event.count
+                self.commands.clients_changed()
                 self.out.effects.append(StateChanged())
 
     def tick(self, now: float) -> None:

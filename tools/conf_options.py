@@ -167,7 +167,7 @@ _QUORUM: Final = "off majority all " + " ".join(str(n) for n in range(1, 33))
 OPTIONS: Final = _table(
     _string("cpu-mask", 256, _LATER),
     _enum("on-no-data-accessible", "io-error suspend-io"),
-    _bool("auto-promote", False, _LATER),
+    _bool("auto-promote", False),
     # From here on DRBD 9's, for which two nodes need nothing or which are not there yet.
     _number("auto-promote-timeout", 0, 600, 20, support=_MOOT),
     _enum("quorum", _QUORUM, _LATER),

@@ -27,6 +27,7 @@ import click
 import uvloop
 from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.runtime import Runtime
+from tandem.repl.edge.volume import Volume
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Notify, ResourceStatus, StateChanged
 
@@ -155,12 +156,13 @@ class Daemon:
         self.runtime = Runtime(config)
         self.own_process = front is None
         self.exports: FrontEnd = front or Exports(
-            options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text)
+            options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text), self._prepare
         )
         self.control = ControlServer(options.paths.control(config.name), self)
         self.loop = asyncio.get_running_loop()
         self.when_ready: Callable[[], None] = self._tell_starter
         self.ended = asyncio.Event()
+        self._promotions: set[asyncio.Task[None]] = set()
         self.code = 0
         self._asked_to_end = False
         self._why_alone = ""  # why the connection was given up last
@@ -208,6 +210,20 @@ class Daemon:
         elif name == "down":
             self.ended.set()
         return refusal
+
+    def _prepare(self, volume: Volume, then: Callable[[], None]) -> bool:
+        """auto-promote: a client that wants to write makes this node Primary before its export is opened."""
+        if not self.config.options.auto_promote or self.runtime.status().role == "Primary":
+            return False
+        task = self.loop.create_task(self._promote(volume.number, then))
+        self._promotions.add(task)
+        task.add_done_callback(self._promotions.discard)
+        return True
+
+    async def _promote(self, volume: int, then: Callable[[], None]) -> None:
+        await self.command("primary", None, {"auto": True})
+        then()
+        self.runtime.volume(volume).recount()  # should the client be gone: nobody opened, so nobody will close
 
     async def _listening(self) -> Refusal | None:
         """Whether the attempt to connect could begin at all.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tandem.nbd.server import Server, ServerError
+from tandem.nbd.server import Prepare, Server, ServerError
 from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.volume import Volume
 from tandem.repl.requests import Request
@@ -112,8 +112,11 @@ Listener = tuple[str, str, int]
 class Exports:
     """The NBD servers of one resource: one for each socket, with the volumes that are offered there."""
 
-    def __init__(self, socket: Path, volume: Callable[[int], Volume], log: Callable[[str], None]) -> None:
+    def __init__(
+        self, socket: Path, volume: Callable[[int], Volume], log: Callable[[str], None], prepare: Prepare
+    ) -> None:
         self._socket = socket
+        self._prepare = prepare
         self._volume = volume
         self._log = log
         self._servers: dict[Listener, Server] = {}
@@ -138,7 +141,7 @@ class Exports:
                 self._servers[place.listener] = await self._start(place)
 
     async def _start(self, place: Place) -> Server:
-        server = Server(partial(self._at, place.listener), log=self._log)
+        server = Server(partial(self._at, place.listener), log=self._log, prepare=self._prepare)
         try:
             if place.path:
                 await server.start(unix=place.path)

@@ -85,6 +85,10 @@ class ReplicatedVolume:
         found = await self._runtime.disk.extents(self._number, offset, length, max_extents)
         return [(size, HOLE_AND_ZERO if hole else ALLOCATED) for size, hole in found] or [(length, ALLOCATED)]
 
+    def recount(self) -> None:
+        """Tell the machine again how many clients there are."""
+        self._count(0)
+
     def _count(self, step: int) -> None:
         self._n_open += step
         self._runtime.report(Opened(self._number, self._n_open))

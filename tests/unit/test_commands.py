@@ -445,3 +445,36 @@ def test_a_failure_of_an_earlier_attach_does_not_end_this_one() -> None:
     lone.handle(Attached(lone.of(Attach)[-1].ticket, 0, lone.loaded(flags=IN_SYNC)))
     lone.settle()
     assert lone.answered(ticket) == "done"
+
+
+# ------------------------------------------------------------------------------------------- auto-promote
+
+
+def test_an_auto_promoted_node_is_demoted_behind_its_last_client() -> None:
+    lone = Lone()
+    lone.attach()
+    assert lone.run("primary", auto=True) == "done"
+    for count, role in ((1, Role.PRIMARY), (2, Role.PRIMARY), (1, Role.PRIMARY), (0, Role.SECONDARY)):
+        lone.handle(Opened(0, count))
+        lone.settle()
+        assert lone.vol.state.role == role
+
+
+def test_a_client_that_went_before_it_could_open_leaves_no_primary() -> None:
+    lone = Lone()
+    lone.attach()
+    lone.run("primary", auto=True)
+    lone.handle(Opened(0, 0))
+    lone.settle()
+    assert lone.vol.state.role == Role.SECONDARY
+
+
+def test_who_was_promoted_by_hand_stays_primary() -> None:
+    lone = Lone()
+    lone.attach()
+    lone.run("primary")
+    lone.run("primary", auto=True)
+    for count in (1, 0):
+        lone.handle(Opened(0, count))
+        lone.settle()
+    assert lone.vol.state.role == Role.PRIMARY

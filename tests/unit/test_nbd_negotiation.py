@@ -43,6 +43,10 @@ class Offer:
     def __init__(self, *volumes: RamVolume, writable: bool = True) -> None:
         self.list = volumes
         self.writable = writable
+        self.late = False
+
+    def not_yet(self, volume: Volume) -> bool:
+        return self.late
 
     def volumes(self) -> Sequence[Volume]:
         return self.list
@@ -59,7 +63,8 @@ class Client:
     """Speaks to a Negotiation and returns what comes back."""
 
     def __init__(self, *volumes: RamVolume, flags: int = 3, writable: bool = True) -> None:
-        self.server = Negotiation(Offer(*(volumes or (RamVolume(SIZE),)), writable=writable))
+        self.offer = Offer(*(volumes or (RamVolume(SIZE),)), writable=writable)
+        self.server = Negotiation(self.offer)
         assert self.take() == GREETING
         self.say(struct.pack(">I", flags))
 
@@ -348,3 +353,17 @@ def test_garbage_ends_in_answers_or_in_a_client_error(seed: int) -> None:
     assert greeting == GREETING
     if server.state is not State.TRANSMISSION:
         assert all(r.kind in (ACK, SERVER, INFO, META) or r.kind & ERR for r in option_replies(answers))
+
+
+@pytest.mark.parametrize("number", [GO, GET_INFO, EXPORT_NAME])
+def test_a_volume_that_is_made_ready_first(number: int) -> None:
+    volume = RamVolume(SIZE)
+    client = Client(volume)
+    client.offer.late = True
+    data = b"r0" if number == EXPORT_NAME else info_data("r0")
+    message = option(number, data)
+    assert client.server.consume(memoryview(message + option(LIST))) == len(message), "what follows waits"
+    assert client.take() == b"" and client.server.parked and volume.n_open == 0
+    client.server.go_on()
+    assert client.take() and not client.server.parked
+    assert volume.n_open == (0 if number == GET_INFO else 1)
