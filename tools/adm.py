@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait
+from . import adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait, drbd_names, proc_drbd
 from .adm_session import DaemonError, General, NotRunning, Quit, Session, Target, complain, say
 from .adm_verbs import VERBS, Option, Verb, check_scope, dry_lines
 from .paths import PathError
 
-COMMANDS: Final = (adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait)  # each fills VERBS
+COMMANDS: Final = (  # each fills VERBS
+    adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait, drbd_names, proc_drbd,
+)  # fmt: skip
 
 EXIT_USAGE: Final = 1
 EXIT_CONFIG: Final = 10
@@ -101,7 +103,7 @@ class AdmGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None:
-            raise Quit(EXIT_USAGE, f"tandemadm: Unknown command '{self.prefix}{args[0]}'")
+            raise Quit(EXIT_USAGE, f"{drbd_names.called_as()}: Unknown command '{self.prefix}{args[0]}'")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -238,7 +240,9 @@ def _group() -> AdmGroup:
 def run(argv: list[str]) -> int:
     """Run one command line; the exit code. Everything to say has been said on stdout and stderr."""
     try:
-        code = _group().main(reorder(argv), prog_name="tandemadm", standalone_mode=False)
+        name = drbd_names.called_as()
+        words = drbd_names.from_drbdsetup(argv) if name == "drbdsetup" else reorder(argv)
+        code = _group().main(words, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return int(code or 0)
     except Quit as quit_:
