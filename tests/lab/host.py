@@ -86,10 +86,20 @@ class Host:
         if self.is_kernel:
             return kernel_state(self.guest.read("/proc/drbd"), volume)
         try:
-            answer = self.guest.ask_socket(str(self.paths.control(RES)), '{"do": "status"}')
+            return tandem_state(self._status(), volume)
         except CommandFailed:
             return State(UNCONFIGURED)
-        return tandem_state(unpack(ResourceStatus, json.loads(answer)["status"]), volume)
+
+    def size(self) -> int:
+        """Bytes of the block device, while the resource is up."""
+        if self.is_kernel:
+            return int(self.guest.read("/sys/block/drbd0/size")) * SECTOR
+        return self._status().volumes[0].size
+
+    def _status(self) -> ResourceStatus:
+        """CommandFailed when there is no daemon."""
+        answer = self.guest.ask_socket(str(self.paths.control(RES)), '{"do": "status"}')
+        return unpack(ResourceStatus, json.loads(answer)["status"])
 
     def n_written(self) -> int:
         """Bytes that the host's kernel has written to the disk since it booted, whoever told it to."""

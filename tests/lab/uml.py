@@ -222,10 +222,15 @@ class Guest:
         """Run a shell script inside; its output."""
         return self.run("bash", "-c", script, check=check, limit_s=limit_s).out
 
-    def spawn(self, *argv: str) -> None:
-        """Start a command inside that goes on; what it prints is appended to /shared/NAME.log."""
+    def spawn(self, *argv: str) -> int:
+        """Start a command inside that goes on; its pid. What it prints is appended to /shared/NAME.log."""
         reply = self._ask({"spawn": list(argv), "log": f"/shared/{self.name}.log"}, RUN_S)
         assert reply["rc"] == 0, reply["err"]
+        return int(reply["out"])
+
+    def end(self, pid: int) -> None:
+        """Ask a process inside to end, and wait until it has."""
+        self.sh(f"kill {pid}; while kill -0 {pid} 2> /dev/null; do sleep .02; done")
 
     def read(self, path: str) -> str:
         """A file of the guest, without starting a process."""
