@@ -62,6 +62,8 @@ from .wire import pack_ack
 
 RETRY_S = 1.0  # after a handshake that failed on our side, before trying again
 LINGER_S = 0.5  # how long a last answer may take to leave
+_REQUESTS = {Request}
+_PEER_WRITES = {PeerWrite}
 NOTHING = Outbox()  # what `take` returns, the same each time, when there is nothing to do
 
 
@@ -148,14 +150,20 @@ class Engine:
         """The disk answered these operations (`error` is set, a READ has its payload)."""
         mine: list[Request] = []
         theirs: list[PeerWrite] = []
-        for op in ops:
-            kind = type(op)
-            if kind is Request:
-                mine.append(op)  # type: ignore[arg-type]
-            elif kind is PeerWrite:
-                theirs.append(op)  # type: ignore[arg-type]
-            else:
-                op.then(op)  # type: ignore[attr-defined]
+        kinds = set(map(type, ops))
+        if kinds == _REQUESTS:
+            mine = ops  # type: ignore[assignment]
+        elif kinds == _PEER_WRITES:
+            theirs = ops  # type: ignore[assignment]
+        else:
+            for op in ops:
+                kind = type(op)
+                if kind is Request:
+                    mine.append(op)  # type: ignore[arg-type]
+                elif kind is PeerWrite:
+                    theirs.append(op)  # type: ignore[arg-type]
+                else:
+                    op.then(op)  # type: ignore[attr-defined]
         if theirs:
             self.replica.local_done(theirs)
         if mine:

@@ -23,6 +23,8 @@ from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
 INLINE_BYTES_MAX: Final = 8 << 20  # per batch; at memory speed about a millisecond, the rest goes to workers
+SHORT_BYTES_MAX: Final = 16 << 10  # of a write that is carried out without looking for neighbours …
+SHORT_WRITES_MAX: Final = 128  # … and how many of them, which together are no more than any other batch
 SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
 WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
 HOLD_FACTOR: Final = 10  # then its calls stay away from the loop for this many times as long as it waited
@@ -114,11 +116,14 @@ class Disk:
 
     def start(self, ops: list[DiskOp]) -> list[DiskOp]:
         """Start every operation; returns those that are complete already, in no particular order."""
-        done: list[DiskOp] = []
+        n = len(ops)
+        at = self._write_inline(ops)
+        if at == n:
+            return ops
+        done = ops[:at]
         durable: dict[int, list[list[DiskOp]]] = {}
         waiting: dict[int, list[list[DiskOp]]] = {}  # runs for the data workers, by volume
         budget = INLINE_BYTES_MAX
-        at, n = 0, len(ops)
         now = time.monotonic()
         while at < n:
             first = ops[at]
@@ -171,6 +176,37 @@ class Disk:
             volume = self._volumes[key >> 1]
             self._start_durable(volume, volume.meta if key & 1 else volume.data, runs)
         return done
+
+    def _write_inline(self, ops: list[DiskOp]) -> int:
+        """The usual batch: short writes that do not touch each other. Carries out those that *ops* begins with
+        as long as nothing about them is unusual, and returns how many; the rest is for the long path."""
+        number, now = ops[0].volume, time.monotonic()
+        device = self._volumes[number].data
+        if (
+            device.inline_again > now or device.watched_until > now
+            or len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length
+        ):  # fmt: skip
+            return 0
+        pwrite, clock, fd, count, end = os.pwrite, time.monotonic, device.fd, 0, -1
+        for op in ops:
+            offset, length = op.offset, op.length
+            if (
+                op.op != WRITE or op.flags or op.area or length > SHORT_BYTES_MAX or offset == end
+                or op.volume != number or count == SHORT_WRITES_MAX
+            ):  # fmt: skip
+                break
+            end = offset + length
+            try:
+                if pwrite(fd, op.payload, offset) != length:  # type: ignore[arg-type]  # a write has one
+                    break
+            except OSError:
+                break  # the long path finds out what to do about it
+            count += 1
+            began, now = now, clock()
+            if now - began > SLOW_S:
+                device.watched_until = now + WATCH_S
+                break
+        return count
 
     def _hand_over(
         self, volume: OpenVolume, workers: Workers[Ended], device: Device, runs: list[list[DiskOp]]

@@ -441,7 +441,10 @@ class Runtime:
 def deliver(batch: list[Request]) -> None:
     """Give finished requests back, to each owner all of its own at once."""
     owner = batch[0].owner
-    if all(request.owner is owner for request in batch):
+    for request in batch:
+        if request.owner is not owner:
+            break
+    else:
         owner.finished(batch)
         return
     by_owner: dict[int, tuple[Owner, list[Request]]] = {}
