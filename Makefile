@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml setup.py repl/_batches.pyx repl/_slots.pxi nbd/_batches.pyx
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 
 .PHONY: help demo migrate-demo test lab sim bench lint docs clean programs
@@ -47,6 +48,7 @@ docs: $(VENV)/.installed-test  ## Write the tables in docs/ again from the code.
 
 clean:  ## Remove the virtual environment and what programs left behind.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f repl/_batches.*.so nbd/_batches.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 programs:
@@ -58,12 +60,12 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -m venv $(VENV) \
 	    || { rm -rf $(VENV); echo "No virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/pyvenv.cfg
+$(VENV)/.installed: $(BUILD_INPUTS) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) ..."
 	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/pyvenv.cfg
+$(VENV)/.installed-test: $(BUILD_INPUTS) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV), with what the tests need ..."
 	@$(INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/.installed

@@ -31,6 +31,7 @@ from .codec import (
     Chunk,
     nbd_error,
 )
+from .compiled import batches
 
 _READ: Final = int(Op.READ)
 _DATA: Final = int(Chunk.OFFSET_DATA)
@@ -63,28 +64,23 @@ def _payloads(parts: list[Request]) -> list[Buffer]:
     return [payload for payload in payloads if payload is not None]
 
 
+def _answer_all(replies: Replies, batch: list[Request], structured: bool) -> tuple[list[Buffer], int]:
+    """Answer *batch* in order, the errors one by one."""
+    out: list[Buffer] = []
+    at, n_bytes = batches.pack_replies(batch, 0, structured, out)
+    while at < len(batch):
+        r = batch[at]
+        out += replies.error(r.cookie, r.offset, *nbd_error(r.error))
+        at, more = batches.pack_replies(batch, at + 1, structured, out)
+        n_bytes += r.length + more
+    return out, n_bytes
+
+
 class SimpleReplies:
     """16 bytes, then the data of a READ. There is no room for an error text."""
 
     def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
-        view = memoryview(bytearray(SIMPLE_REPLY.size * len(batch)))
-        out: list[Buffer] = []
-        pack, append, start, at, n_bytes = SIMPLE_REPLY.pack_into, out.append, 0, 0, 0
-        for r in batch:
-            n_bytes += r.length
-            if r.error:
-                pack(view, at, SIMPLE_REPLY_MAGIC, nbd_error(r.error)[0], r.cookie)
-                at += 16
-                continue
-            pack(view, at, SIMPLE_REPLY_MAGIC, 0, r.cookie)
-            at += 16
-            if r.op == _READ:
-                append(view[start:at])
-                append(r.payload)  # type: ignore[arg-type]  # a READ without error has one
-                start = at
-        if at > start:
-            append(view[start:at])
-        return out, n_bytes
+        return _answer_all(self, batch, False)
 
     def success(self, cookie: int, offset: int) -> list[Buffer]:
         return [SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)]
@@ -103,27 +99,7 @@ class StructuredReplies:
     """Chunks for data and errors; the success of other commands stays a simple reply, which is shorter."""
 
     def batch(self, batch: list[Request]) -> tuple[list[Buffer], int]:
-        view = memoryview(bytearray(DATA_CHUNK.size * len(batch)))
-        out: list[Buffer] = []
-        pack, pack_data, append = SIMPLE_REPLY.pack_into, DATA_CHUNK.pack_into, out.append
-        start = at = n_bytes = 0
-        for r in batch:
-            length = r.length
-            n_bytes += length
-            if r.error:
-                out += self.error(r.cookie, r.offset, *nbd_error(r.error))
-            elif r.op == _READ:
-                pack_data(view, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, r.cookie, 8 + length, r.offset)
-                at += 28
-                append(view[start:at])
-                append(r.payload)  # type: ignore[arg-type]  # a READ without error has one
-                start = at
-            else:
-                pack(view, at, SIMPLE_REPLY_MAGIC, 0, r.cookie)
-                at += 16
-        if at > start:
-            append(view[start:at])
-        return out, n_bytes
+        return _answer_all(self, batch, True)
 
     def success(self, cookie: int, offset: int) -> list[Buffer]:
         return [CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _NONE, cookie, 0)]

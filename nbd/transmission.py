@@ -34,6 +34,7 @@ from .codec import (
     NbdError,
     nbd_error,
 )
+from .compiled import batches
 from .replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from .slices import PIECES_MAX, Incoming, Sliced
 
@@ -196,53 +197,40 @@ class Transmission:
         return size + int(self._header.unpack_from(rest)[3])
 
     def _parse(self, view: memoryview, batch: list[Request]) -> int:
-        at, end, n, room = 0, len(view), 0, self._room
-        unpack, header, usual = self._header.unpack_from, self._header.size, self._usual
-        size, volume = self.size, self._volume
+        at, end = 0, len(view)
+        unpack, header, usual, extended = self._header.unpack_from, self._header.size, self._usual, self._extended
         if self.closing:
             return end
         if self._incoming is not None:
             at = self._receive_payload(view, 0, batch)
             if self._incoming is not None:
                 return at
-            room = self._room
-        while end - at >= header:
+        while True:
+            known = len(batch)
+            at, self._room = batches.parse_run(
+                view, at, self._room, extended, usual, self, self._volume, self.size, batch
+            )
+            self.n_open += len(batch) - known
+            if end - at < header:
+                return at
             head, cookie, offset, length = unpack(view, at)
-            found = usual.get(head)
-            if (
-                found is None
-                or (offset | length) & _ALIGN_MASK
-                or not length
-                or (offset & _IO_MASK) + length > IO_MAX
-                or offset + length > size
-            ):
-                self.n_open += n
-                n, self._room = 0, room
+            if not self._is_usual(head, offset, length):
                 at = self._unusual(view, at, head, cookie, offset, length, batch)
-                room = self._room
                 if self._incoming is not None or self.closing:
                     return at
-                continue
-            op, flags = found
-            if op == _WRITE:
-                begin, after = at + header, at + header + length
-                if after > end:
-                    break
-                at = after
-                batch.append(Request(self, cookie, _WRITE, volume, offset, length, view[begin:at], flags))
-            elif room > 0:
-                at += header
-                batch.append(Request(self, cookie, _READ, volume, offset, length, None, flags))
+            elif usual[head][0] == _WRITE:
+                return at  # its payload is not complete
             else:
                 at += header
-                n += 1
-                self._held.append(Request(self, cookie, _READ, volume, offset, length, None, flags))
-                continue
-            n += 1
-            room -= length
-        self.n_open += n
-        self._room = room
-        return at
+                self.n_open += 1
+                self._held.append(Request(self, cookie, _READ, self._volume, offset, length, None, usual[head][1]))
+
+    def _is_usual(self, head: int, offset: int, length: int) -> bool:
+        """Whether `batches.parse_run` takes such a request, once it is complete and there is room for it."""
+        return (
+            head in self._usual and not (offset | length) & _ALIGN_MASK and length > 0
+            and (offset & _IO_MASK) + length <= IO_MAX and offset + length <= self.size
+        )  # fmt: skip
 
     def _unusual(
         self, view: memoryview, at: int, head: int, cookie: int, offset: int, length: int,

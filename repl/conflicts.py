@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING
 
 from .errors import PeerProtocolError
 from .intervals import Range
-from .requests import Request
+from .requests import PEER, POSTPONED, PeerEpoch, PeerWrite, Request
 from .states import ConnState
-from .transfer_log import PEER, POSTPONED
 from .volume import HALF, Volume
 from .wire import Packet
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .replica import PeerEpoch, PeerWrite
 
 
 class Conflicts:

@@ -50,8 +50,8 @@ from .link import Link, Stage
 from .liveness import Liveness
 from .mirror import Mirror
 from .peer import Peer
-from .replica import PeerWrite, Replica
-from .requests import DiskOp, Request
+from .replica import Replica
+from .requests import DiskOp, PeerWrite, Request
 from .resync import Resync
 from .states import ConnState, DiskState, Role, State, describe_change
 from .transfer_log import TransferLog

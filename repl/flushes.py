@@ -10,9 +10,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from .meta_writer import CallbackOp
-from .requests import DiskOp, Op
+from .requests import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK, DiskOp, Op
 from .states import DiskState
-from .transfer_log import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK, PeerFlush
+from .transfer_log import PeerFlush
 from .volume import Volume
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from .compiled import batches
 from .config import AfterSb
 from .digests import hmac_response, hmac_size
 from .errors import PeerProtocolError
 from .requests import Request
 from .states import ConnState, DiskState
-from .transfer_log import PEER, PEER_OK, PeerFlush
+from .transfer_log import PeerFlush
 from .units import DISCARD_MAX, IO_MAX
 from .volume import Volume
 from .wire import (
@@ -28,7 +29,6 @@ from .wire import (
     HEADER,
     HEADER80,
     ID_SYNCER,
-    MAGIC,
     Feature,
     Features,
     Packet,
@@ -493,32 +493,14 @@ class Link:
 
     def _write_acks(self, view: memoryview, at: int, finished: list[Request]) -> int:
         """Take the run of P_WRITE_ACK for ordinary writes that starts at *at*; returns where it ends."""
-        unpack, end = ACK.unpack_from, len(view) - 40
-        inflight, volumes, n_pending = self.e.log.inflight, self.e.volumes, 0
-        vol: Volume | None = None
-        while at <= end:
-            magic, _, cmd, length, pad, sector, block_id, _, _ = unpack(view, at)
-            if cmd != _WRITE_ACK or magic != MAGIC or length != 24 or pad:
+        e, end = self.e, len(view)
+        for vol in e.volumes.values():  # acks of several volumes alternate only where several are written to
+            if end - at < ACK.size:
                 break
-            r = inflight.get(block_id)
-            if type(r) is not Request or r.offset >> 9 != sector:
-                break  # a flush, or an ack that fits nothing
-            del inflight[block_id]
-            at += 40
-            r.legs |= PEER_OK
-            if r.waiting & PEER:
-                if vol is None or vol.number != r.volume:
-                    if vol is not None:
-                        vol.n_pending -= n_pending
-                        vol.saw(unpack(view, at - 80)[8])
-                    vol, n_pending = volumes[r.volume], 0
-                n_pending += 1
-                r.waiting &= ~PEER
-                if not r.waiting:
-                    finished.append(r)
-        if vol is not None:
-            vol.n_pending -= n_pending
-            vol.saw(unpack(view, at - 40)[8])
+            at, n_pending, seq = batches.take_acks(view, at, e.log.inflight, vol.number, finished)
+            if seq >= 0:
+                vol.n_pending -= n_pending
+                vol.saw(seq)
         return at
 
     def _flush_or_unknown(self, number: int, sector: int, block_id: int, r: PeerFlush | Request | None) -> None:
@@ -589,7 +571,6 @@ class Link:
                 vol.set_out_of_sync(sector << 9, size)
 
 
-_WRITE_ACK: Final = int(Packet.WRITE_ACK)
 _CONNECTION_WIDE: Final = frozenset(
     (Packet.PROTOCOL, Packet.PROTOCOL_UPDATE, Packet.BARRIER, Packet.CONN_ST_CHG_REQ, Packet.UNPLUG_REMOTE)
 )

@@ -13,32 +13,34 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from .requests import FUA, MAY_UNMAP, Op, Request
-from .states import ConnState, DiskState, Role
-from .transfer_log import (
+from .compiled import batches
+from .requests import (
     AL_REF,
     BOTH_OK,
+    FUA,
     IN_LOG,
     IN_SYNC,
     LOCAL,
     LOCAL_OK,
-    LOG_MAX,
+    MAY_UNMAP,
     MIRRORED,
     PEER,
     PEER_OK,
     POSTPONED,
+    Op,
+    Request,
 )
+from .states import ConnState, DiskState, Role
+from .transfer_log import LOG_MAX
 from .units import extents_touched
 from .volume import Volume
 from .wire import (
-    DATA_PACKET,
     DP_DISCARD,
     DP_FUA,
     DP_MAY_SET_IN_SYNC,
     DP_SEND_RECEIVE_ACK,
     DP_SEND_WRITE_ACK,
     DP_ZEROES,
-    MAGIC,
     Feature,
     Packet,
     pack_block_desc,
@@ -50,12 +52,9 @@ from .wire import (
 if TYPE_CHECKING:
     from .engine import Engine
 
-# Plain integers for the hot loops: to look up and compare members of an enum costs several times as much.
+# A plain integer: to look up and compare members of an enum costs several times as much.
 _READ: Final = int(Op.READ)
-_WRITE: Final = int(Op.WRITE)
-_DATA: Final = int(Packet.DATA)
 
-FAST_LENGTH_MAX: Final = 1 << 20
 REQUESTS_MAX: Final = 4096  # requests in the machine before front ends stop reading
 
 BLOCKED_CONNS: Final = frozenset((ConnState.WF_BITMAP_T, ConnState.WF_SYNC_UUID, ConnState.STARTING_SYNC_T))
@@ -89,74 +88,32 @@ class Mirror:
 
         One header array for the whole batch; payloads are passed on as they came.
         """
-        rest: list[Request] = []
         writes: list[Request] = []
-        disk, busy, refs, n_reads = self.e.out.disk, vol.intervals.busy, vol.al.refs, 0
-        for r in batch:
-            op, offset = r.op, r.offset
-            if op == _READ:
-                r.waiting = LOCAL
-                disk.append(r)
-                n_reads += 1
-                continue
-            first, extent, end = offset >> 12, offset >> 22, offset + r.length
-            n_refs = refs.get(extent)
-            if (
-                n_refs is None or first in busy or op != _WRITE or (end - 1) >> 22 != extent
-                or r.length > FAST_LENGTH_MAX
-            ):  # fmt: skip
-                rest.append(r)
-                continue
-            if end <= (first + 1) << 12:
-                busy[first] = r
-            else:
-                blocks = range(first, (end + 4095) >> 12)
-                if not busy.keys().isdisjoint(blocks):
-                    rest.append(r)
-                    continue
-                busy.update(dict.fromkeys(blocks, r))
-            refs[extent] = n_refs + 1
-            writes.append(r)
-        vol.n_local += n_reads
+        disk = self.e.out.disk
+        known = len(disk)
+        rest = batches.sort_batch(batch, disk, vol.intervals.busy, vol.al.refs, writes)
+        vol.n_local += len(disk) - known
         if writes:
             self._send_batch(vol, writes)
         return rest
 
     def _send_batch(self, vol: Volume, writes: list[Request]) -> None:
         """Frame *writes* as P_DATA and start them on both disks."""
+        out, log = self.e.out, self.log
+        out.disk += writes
+        vol.n_pending += len(writes)
+        vol.n_local += len(writes)
         while writes:
-            epoch = self.log.epoch_for_write()
+            epoch = log.epoch_for_write()
             room = self.e.config.net.max_epoch_size - epoch.n_sent
             now, writes = writes[:room], writes[room:]
             n = len(now)
-            headers = bytearray(40 * n)
-            view, pack, at = memoryview(headers), DATA_PACKET.pack_into, 0
-            out_data, inflight = self.e.out.data, self.log.inflight
-            number, seq, block_id = vol.number, vol.seq, self.log.next_id
-            sent = 0
-            for r in now:
-                seq += 1
-                flags = DP_SEND_WRITE_ACK | DP_FUA if r.flags & FUA else DP_SEND_WRITE_ACK
-                pack(headers, at, MAGIC, number, _DATA, 24 + r.length, 0,
-                     r.offset >> 9, block_id, seq & 0xFFFFFFFF, flags)  # fmt: skip
-                assert r.payload is not None
-                out_data += (view[at : at + 40], r.payload)
-                inflight[block_id] = r
-                r.block_id = block_id
-                r.epoch = epoch
-                r.waiting = LOCAL | PEER
-                r.legs = MIRRORED | IN_LOG | AL_REF
-                sent += r.length
-                block_id += 1
-                at += 40
-            vol.seq, self.log.next_id = seq, block_id
+            vol.bytes_sent += batches.pack_writes(out.data, log.inflight, now, vol.number, vol.seq, log.next_id, epoch)
+            vol.seq += n
+            log.next_id += n
             epoch.requests += now
             epoch.n_sent += n
-            self.log.n_requests += n
-            vol.n_pending += n
-            vol.n_local += n
-            vol.bytes_sent += sent
-            self.e.out.disk += now
+            log.n_requests += n
 
     def enter(self, vol: Volume, r: Request) -> None:
         """One request, the long way: wait for what it must wait for, then start it."""
@@ -376,23 +333,21 @@ class Mirror:
     def local_done(self, ops: list[Request]) -> None:
         """The local disk answered these requests."""
         finished: list[Request] = []
-        vol = self.e.volumes[ops[0].volume]
-        for r in ops:
-            if r.volume != vol.number:
+        at, n = 0, len(ops)
+        while at < n:
+            vol = self.e.volumes[ops[at].volume]
+            end, n_read, n_written, n_writes = batches.written_here(ops, at, vol.number, finished)
+            vol.n_local -= end - at
+            vol.bytes_read += n_read
+            vol.bytes_written += n_written
+            vol.data_version += n_writes
+            at = end
+            if at < n and (r := ops[at]).error:
                 vol = self.e.volumes[r.volume]
-            vol.n_local -= 1
-            r.waiting &= ~LOCAL
-            if r.error:
+                vol.n_local -= 1
+                r.waiting &= ~LOCAL
                 self._local_failed(vol, r, finished)
-                continue
-            r.legs |= LOCAL_OK
-            if r.op == _READ:
-                vol.bytes_read += r.length
-            else:
-                vol.bytes_written += r.length
-                vol.data_version += 1
-            if not r.waiting:
-                finished.append(r)
+                at += 1
         if finished:
             self.finish(finished)
 
@@ -459,11 +414,17 @@ class Mirror:
             self._finish(volumes[number], requests)
 
     def _finish(self, vol: Volume, requests: list[Request]) -> None:
-        intervals, busy = vol.intervals, vol.intervals.busy
-        has_waiters = intervals.has_waiters
+        intervals = vol.intervals
         waiters = []
         postponed = False
-        for r in requests:
+        at, n = 0, len(requests)
+        while at < n:
+            if not intervals.has_waiters:
+                at = batches.settle_writes(requests, at, intervals.busy)
+                if at == n:
+                    break
+            r = requests[at]
+            at += 1
             if r.op == _READ:
                 continue
             legs = r.legs
@@ -473,15 +434,7 @@ class Mirror:
                     postponed = True
                     continue
                 self._settle(vol, r)
-                has_waiters = intervals.has_waiters
-            offset, length = r.offset, r.length
-            if length <= 4096 and not has_waiters:
-                first, last = offset >> 12, (offset + length - 1) >> 12
-                del busy[first]
-                if last != first:
-                    del busy[last]
-            else:
-                waiters += intervals.remove(r)
+            waiters += intervals.remove(r)
             if not legs & IN_LOG:
                 self.log.drop_extents(vol, r)
             r.payload = None

@@ -16,22 +16,19 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from .compiled import batches
 from .meta_writer import CallbackOp
-from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op
+from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op, PeerEpoch, PeerWrite
 from .states import ConnState, DiskState
-from .units import IO_MAX, extents_touched
+from .units import extents_touched
 from .volume import Volume
 from .wire import (
-    ACK,
-    DATA_PACKET,
     DP_DISCARD,
     DP_FLUSH,
     DP_FUA,
     DP_MAY_SET_IN_SYNC,
-    DP_RW_SYNC,
     DP_SEND_RECEIVE_ACK,
     DP_SEND_WRITE_ACK,
-    MAGIC,
     Feature,
     Packet,
     pack_barrier_ack,
@@ -40,56 +37,10 @@ from .wire import (
 if TYPE_CHECKING:
     from .engine import Engine
 
-# Plain integers for the hot loops: to look up and compare members of an enum costs several times as much.
-_WRITE: Final = int(Op.WRITE)
-_DATA: Final = int(Packet.DATA)
-_WRITE_ACK: Final = int(Packet.WRITE_ACK)
 
 PAUSE_FACTOR: Final = 10  # pause this many times as long as the last flush took
 PAUSE_MIN_S: Final = 0.02
 PAUSE_MAX_S: Final = 1.0  # far below the 42 s after which a peer gives up on a missing barrier ack
-
-
-_UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags that need the long path
-
-
-class PeerEpoch:
-    """What the peer sent between two barriers."""
-
-    __slots__ = ("active", "barrier", "dead", "held", "size")
-
-    def __init__(self) -> None:
-        self.barrier: int | None = None  # known once the epoch is complete
-        self.size = 0
-        self.active = 0  # not yet answered
-        self.held = 0  # writes refused in it whose sender may still count them
-        self.dead = False  # its connection is gone: answer nothing
-
-
-class PeerWrite(DiskOp):
-    """One write of the peer: the disk operation and what its ack needs."""
-
-    __slots__ = ("al_ref", "block_id", "dp", "epoch", "sector", "seq", "tracked")
-    seq: int  # only of writes that came the long way
-
-    def __init__(
-        self, op: int, volume: int, sector: int, length: int, payload: Buffer | None, flags: int,
-        block_id: int, dp: int, epoch: PeerEpoch,
-    ) -> None:  # fmt: skip
-        self.op = op
-        self.volume = volume
-        self.area = DATA
-        self.offset = sector << 9
-        self.length = length
-        self.payload = payload
-        self.flags = flags
-        self.error = 0
-        self.sector = sector
-        self.block_id = block_id
-        self.dp = dp
-        self.epoch = epoch
-        self.tracked = False
-        self.al_ref = False
 
 
 class Replica:
@@ -121,36 +72,19 @@ class Replica:
         The short path: the volume's disk is good, nothing is tracked, no digests, nothing stalled. Stops in
         front of whatever it does not handle; the caller's long path takes that.
         """
-        n, number, size = len(view), vol.number, vol.size
-        unpack, disk, epoch = DATA_PACKET.unpack_from, self.e.out.disk, self.epoch
-        count = received = 0
-        while n - at >= 40:
-            magic, volume, cmd, length, pad, sector, block_id, _, dp = unpack(view, at)
-            length -= 24
-            begin, end = at + 40, at + 40 + length
-            if (
-                cmd != _DATA or end > n or magic != MAGIC or volume != number or pad
-                or length <= 0 or length > IO_MAX or length & 511 or (sector << 9) + length > size
-                or dp & _UNUSUAL
-            ):  # fmt: skip
-                break
-            disk.append(
-                PeerWrite(_WRITE, number, sector, length, view[begin:end],
-                          FUA if dp & DP_FUA else 0, block_id, dp, epoch)
-            )
-            received += length
-            count += 1
-            at = end
+        end, count, received, seq = batches.receive_writes(
+            view, at, vol.number, vol.size, self.epoch, self.e.out.disk
+        )
         if count:
-            epoch.size += count
-            epoch.active += count
+            self.epoch.size += count
+            self.epoch.active += count
             self.n_active += count
             vol.n_local += count
             vol.n_untracked += count
             vol.n_unacked += count
             vol.bytes_received += received
-            vol.saw(unpack(view, at - 40 - disk[-1].length)[7])
-        return at
+            vol.saw(seq)
+        return end
 
     def plain(self, vol: Volume) -> bool:
         """May `receive_run` be used for this volume now?"""
@@ -291,44 +225,37 @@ class Replica:
     def local_done(self, ops: list[PeerWrite]) -> None:
         """The disk answered these writes of the peer: ack them, all in one buffer."""
         self.n_active -= len(ops)
-        plain: list[PeerWrite] = []
-        vol = self.e.volumes[ops[0].volume]
-        for w in ops:
-            if w.volume != vol.number:
-                vol = self.e.volumes[w.volume]
-            vol.n_local -= 1
-            if w.tracked or w.al_ref or w.error or w.epoch.dead or w.dp & DP_MAY_SET_IN_SYNC:
-                self._done_slow(vol, w)
-                continue
-            vol.n_untracked -= 1
-            vol.bytes_written += w.length
-            vol.data_version += 1
-            w.payload = None
-            if w.dp & DP_SEND_WRITE_ACK:
-                plain.append(w)
-            else:
-                vol.n_unacked -= 1
-                w.epoch.active -= 1
-        if plain:
-            self._ack_run(plain)
+        to_ack: list[PeerWrite] = []
+        at, n = 0, len(ops)
+        while at < n:
+            vol = self.e.volumes[ops[at].volume]
+            end, written = batches.written_for_peer(ops, at, vol.number, to_ack)
+            vol.n_local -= end - at
+            vol.n_untracked -= end - at
+            vol.bytes_written += written
+            vol.data_version += end - at
+            if end == at:
+                vol.n_local -= 1
+                self._done_slow(vol, ops[at])
+                end += 1
+            at = end
+        if to_ack:
+            self._ack_run(to_ack)
         self.epochs_check()
         if self.flush_waiting:
             self._flush()
         self.e.replica_progressed()
 
-    def _ack_run(self, plain: list[PeerWrite]) -> None:
-        """P_WRITE_ACK for each write, in one buffer."""
-        buffer = bytearray(40 * len(plain))
-        pack, at, vol = ACK.pack_into, 0, self.e.volumes[plain[0].volume]
-        for w in plain:
-            if w.volume != vol.number:
-                vol = self.e.volumes[w.volume]
-            vol.seq = seq = (vol.seq + 1) & 0xFFFFFFFF
-            vol.n_unacked -= 1
-            w.epoch.active -= 1
-            pack(buffer, at, MAGIC, w.volume, _WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
-            at += 40
-        self.e.out.meta.append(buffer)
+    def _ack_run(self, writes: list[PeerWrite]) -> None:
+        """P_WRITE_ACK for each write, in as few buffers as there are volumes."""
+        at = 0
+        while at < len(writes):
+            vol = self.e.volumes[writes[at].volume]
+            end, packets = batches.pack_write_acks(writes, at, vol.number, vol.seq)
+            vol.seq = (vol.seq + end - at) & 0xFFFFFFFF
+            vol.n_unacked -= end - at
+            self.e.out.meta.append(packets)
+            at = end
 
     def _done_slow(self, vol: Volume, w: PeerWrite) -> None:
         if not w.tracked:

@@ -1,7 +1,7 @@
 """The records of the data plane: one object per operation, from the first hop to the last.
 
 A `Request` is made by a front end, carried through the machine and, as it is, handed to the disk edge:
-it *is* the disk operation. The same holds for what the peer asks of us (`peer_writes.PeerWrite`) and for
+it *is* the disk operation. The same holds for what the peer asks of us (`PeerWrite`) and for
 metadata (`MetaOp`). Nothing here decides anything; `split` is the one place that knows the size limits
 of a single request.
 """
@@ -98,6 +98,59 @@ class Request(DiskOp):
         self.block_id = 0
         self.epoch: Any = None
         self.legs = 0
+
+
+# Bits of Request.waiting.
+LOCAL: Final = 1
+PEER: Final = 2
+# Bits of Request.legs.
+LOCAL_OK: Final = 1
+PEER_OK: Final = 2
+MIRRORED: Final = 4  # the peer was sent the data
+IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
+AL_REF: Final = 16  # holds references on its activity-log extents
+IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
+POSTPONED: Final = 64  # the other Primary's write comes first; this one is sent again after it
+BOTH_OK: Final = LOCAL_OK | PEER_OK
+
+
+class PeerEpoch:
+    """What the peer sent between two barriers."""
+
+    __slots__ = ("active", "barrier", "dead", "held", "size")
+
+    def __init__(self) -> None:
+        self.barrier: int | None = None  # known once the epoch is complete
+        self.size = 0
+        self.active = 0  # not yet answered
+        self.held = 0  # writes refused in it whose sender may still count them
+        self.dead = False  # its connection is gone: answer nothing
+
+
+class PeerWrite(DiskOp):
+    """One write of the peer: the disk operation and what its ack needs."""
+
+    __slots__ = ("al_ref", "block_id", "dp", "epoch", "sector", "seq", "tracked")
+    seq: int  # only of writes that came the long way
+
+    def __init__(
+        self, op: int, volume: int, sector: int, length: int, payload: Buffer | None, flags: int,
+        block_id: int, dp: int, epoch: PeerEpoch,
+    ) -> None:  # fmt: skip
+        self.op = op
+        self.volume = volume
+        self.area = DATA
+        self.offset = sector << 9
+        self.length = length
+        self.payload = payload
+        self.flags = flags
+        self.error = 0
+        self.sector = sector
+        self.block_id = block_id
+        self.dp = dp
+        self.epoch = epoch
+        self.tracked = False
+        self.al_ref = False
 
 
 def split(op: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

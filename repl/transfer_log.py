@@ -14,26 +14,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from .requests import Request
+from .compiled import batches
+from .requests import AL_REF, IN_LOG, IN_SYNC, LOCAL, PEER, PEER_OK, Request
 from .units import SECTOR
 from .volume import Volume
 from .wire import DP_FLUSH, DP_SEND_WRITE_ACK, Packet, pack_barrier, pack_block_req, pack_data
 
 if TYPE_CHECKING:
     from .engine import Engine
-
-# Bits of Request.waiting.
-LOCAL: Final = 1
-PEER: Final = 2
-# Bits of Request.legs.
-LOCAL_OK: Final = 1
-PEER_OK: Final = 2
-MIRRORED: Final = 4  # the peer was sent the data
-IN_LOG: Final = 8  # in the transfer log: its barrier is not acknowledged
-AL_REF: Final = 16  # holds references on its activity-log extents
-POSTPONED: Final = 64  # the other Primary's write comes first; this one is sent again after it
-IN_SYNC: Final = 32  # the peer answered P_RS_WRITE_ACK: bits may be cleared
-BOTH_OK: Final = LOCAL_OK | PEER_OK
 
 LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
 BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
@@ -133,7 +121,16 @@ class TransferLog:
         self.n_requests -= len(epoch.requests)
         self.asked_for_flush = False
         volumes, inflight = self.e.volumes, self.inflight
-        for r in epoch.requests:
+        at, requests = 0, epoch.requests
+        while at < len(requests):
+            first = requests[at]
+            if type(first) is Request:
+                refs = volumes[first.volume].al.refs
+                at = batches.leave_log(requests, at, first.volume, refs, inflight)
+                if at == len(requests):
+                    break
+            r = requests[at]
+            at += 1
             if type(r) is Request:
                 r.legs &= ~IN_LOG
                 if not r.waiting & LOCAL:

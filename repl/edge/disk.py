@@ -184,7 +184,7 @@ class Disk:
         device = self._volumes[number].data
         if (
             device.inline_again > now or device.watched_until > now
-            or len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length
+            or (len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length)
         ):  # fmt: skip
             return 0
         pwrite, clock, fd, count, end = os.pwrite, time.monotonic, device.fd, 0, -1

@@ -1,13 +1,13 @@
 """When the loop stays awake instead of going to sleep: while the next event is likely within microseconds.
 
-A lone write crosses two processes and comes back, and whoever sleeps meanwhile has to be woken: some 10 µs for
-the one who sends, and as much again for the one who wakes up, which is more than all the work on the write. So
+A write crosses two processes and comes back, and whoever sleeps meanwhile has to be woken: some 10 µs for
+the one who sends, and as much again for the one who wakes up, which is more than all the work on a few writes. So
 after a wake-up the loop looks a little longer, without sleeping, as long as that was worth it lately. How long
 is learnt from the waits themselves, as hypervisors do it for idle processors (Linux, halt polling).
 
 It takes no processor from anybody: with each look it offers its own to whoever waits for one. Where somebody did
-and kept it, the machine has better things to do, and the loop sleeps as usual for a while. It also stops where
-looking would be in the way of batches: under load nobody sleeps anyway, and work piles up by itself.
+and kept it, the machine has better things to do, and the loop sleeps as usual for a while. It also
+stops where batches are large: a wake-up for each of them costs little, and meanwhile they grow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOK_MAX_S: Final = 100e-6  # about twice the way to the peer's disk and back
 LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is worth
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
 REST_S: Final = 1.0  # how long a machine counts as busy on which the processor was away for that long
-LONE: Final = 2.0  # operations per wake-up, on average, above which batches do better
+FEW: Final = 16.0  # operations per wake-up, on average, above which a wake-up more does not matter
 
 
 class Vigil:
@@ -45,7 +45,7 @@ class Vigil:
         self._until = 0.0
         self._began = 0.0  # when the last wake-up ended
         self._rest_until = 0.0  # the machine is busy until then
-        self._size = LONE  # operations per wake-up, a moving average
+        self._size = FEW  # operations per wake-up, a moving average
 
     def woken(self) -> None:
         """Something has happened: learn from how long it took."""
@@ -61,7 +61,7 @@ class Vigil:
         """A wake-up with *n* operations has ended."""
         self._size += (n - self._size) / 8
         self._began = self._clock()
-        self._until = self._began + self._window if self._size < LONE else 0.0
+        self._until = self._began + self._window if self._size < FEW else 0.0
         if not self._looking and self._rest_until < self._began < self._until:
             self._looking = True
             self._loop.call_soon(self._look)

@@ -21,10 +21,10 @@ from tandem.repl.intervals import Intervals, Lock
 from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
 from tandem.repl.replica import Replica
-from tandem.repl.requests import FUA, PREFLUSH, DiskOp, Op, Request
+from tandem.repl.requests import FUA, LOCAL, LOCAL_OK, PEER, PREFLUSH, DiskOp, Op, Request
 from tandem.repl.resync_source import Source
 from tandem.repl.resync_target import Target
-from tandem.repl.transfer_log import LOCAL, LOCAL_OK, PEER, TransferLog
+from tandem.repl.transfer_log import TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 from tandem.repl.config import Fencing
-from tandem.repl.requests import DATA, Op, Request
+from tandem.repl.requests import DATA, PEER, Op, Request
 from tandem.repl.states import ConnState, Role
-from tandem.repl.transfer_log import PEER
 from tandem.repl.wire import (
     DP_SEND_WRITE_ACK,
     Packet,

@@ -10,7 +10,7 @@ import pytest
 from tandem.repl import mirror, transfer_log
 from tandem.repl.config import Fencing
 from tandem.repl.events import LinkLost
-from tandem.repl.requests import FUA, Op, Request
+from tandem.repl.requests import AL_REF, FUA, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import (
     DP_FLUSH,
@@ -500,7 +500,7 @@ def test_a_log_that_is_full_frees_extents_by_a_flush() -> None:
     assert len(lone.done) == slots
     last = lone.submit(Op.WRITE, slots * AL_EXTENT)
     lone.settle()
-    assert last.waiting == 0 and not last.legs & transfer_log.AL_REF, "no slot is free"
+    assert last.waiting == 0 and not last.legs & AL_REF, "no slot is free"
     flushes = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
     assert len(flushes) == 1
     sent = [(e.barrier, e.n_sent) for e in lone.engine.log.epochs if e.barrier_sent]

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem.repl.events import LinkLost
-from tandem.repl.requests import FUA, Op, Request
-from tandem.repl.transfer_log import PEER
+from tandem.repl.requests import FUA, PEER, Op, Request
 from tandem.repl.units import SECTOR
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack

@@ -1,0 +1,53 @@
+# The attributes of objects with `__slots__`, reached where the class has put them.
+#
+# Source: Include/structmember.h and Include/descrobject.h of CPython, which describe slots by PyMemberDef.
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <structmember.h>
+
+    #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    #error "the packets are composed for little-endian processors; the Python version works everywhere"
+    #endif
+
+    #define be16(x) __builtin_bswap16(x)
+    #define be32(x) __builtin_bswap32(x)
+    #define be64(x) __builtin_bswap64(x)
+
+    static Py_ssize_t slot_offset(PyObject *descr) {
+        if (Py_TYPE(descr) != &PyMemberDescr_Type || ((PyMemberDescrObject *)descr)->d_member->type != T_OBJECT_EX) {
+            PyErr_SetString(PyExc_ImportError, "an attribute is not kept in a slot");
+            return -1;
+        }
+        return ((PyMemberDescrObject *)descr)->d_member->offset;
+    }
+
+    static inline PyObject *slot_get(PyObject *o, Py_ssize_t at) {
+        PyObject *value = *(PyObject **)((char *)o + at);
+        if (value == NULL) {
+            PyErr_SetString(PyExc_AttributeError, "a slot that was never filled");
+            return NULL;
+        }
+        Py_INCREF(value);
+        return value;
+    }
+
+    static inline void slot_set(PyObject *o, Py_ssize_t at, PyObject *value) {
+        PyObject **slot = (PyObject **)((char *)o + at), *old = *slot;
+        Py_INCREF(value);
+        *slot = value;
+        Py_XDECREF(old);
+    }
+
+    static inline PyObject *new_slotted(PyObject *type) {
+        return PyType_GenericAlloc((PyTypeObject *)type, 0);
+    }
+    """
+    Py_ssize_t slot_offset(object descr) except -1
+    object slot_get(object o, Py_ssize_t at)
+    void slot_set(object o, Py_ssize_t at, object value)
+    object new_slotted(object type)
+    uint16_t be16(uint16_t x) nogil
+    uint32_t be32(uint32_t x) nogil
+    uint64_t be64(uint64_t x) nogil

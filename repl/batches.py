@@ -1,0 +1,286 @@
+"""The loops of the data plane: what is done for each request of a batch, as functions over plain values.
+
+The rooms decide once per batch what its requests have in common, and leave what is left for each of them to
+these functions. A function that meets a request it does not handle stops in front of it and says how far it
+came; the room takes that one the long way and may come back.
+
+`_batches.pyx` is the same again for a C compiler, several times as fast. It is used where it could be built;
+this page is the specification, and `tests/unit/test_batches.py` tells both the same stories. Whoever changes
+one changes the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Final
+
+from .requests import (
+    AL_REF,
+    BOTH_OK,
+    FUA,
+    IN_LOG,
+    IN_SYNC,
+    LOCAL,
+    LOCAL_OK,
+    MIRRORED,
+    PEER,
+    PEER_OK,
+    Buffer,
+    DiskOp,
+    Op,
+    PeerEpoch,
+    PeerWrite,
+    Request,
+)
+from .units import IO_MAX
+from .wire import (
+    ACK,
+    DATA_PACKET,
+    DP_FUA,
+    DP_MAY_SET_IN_SYNC,
+    DP_RW_SYNC,
+    DP_SEND_WRITE_ACK,
+    MAGIC,
+    Packet,
+)
+
+# Plain integers: to look up and compare members of an enum costs several times as much.
+_READ: Final = int(Op.READ)
+_WRITE: Final = int(Op.WRITE)
+_DATA: Final = int(Packet.DATA)
+_WRITE_ACK: Final = int(Packet.WRITE_ACK)
+_UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags of a P_DATA that need the long path
+
+# ------------------------------------------------------------------------------ our applications' requests
+
+
+def sort_batch(
+    batch: Sequence[Request], disk: list[DiskOp], busy: dict[int, Any], refs: dict[int, int],
+    writes: list[Request],
+) -> list[Request]:  # fmt: skip
+    """Part a batch of an established volume: reads go to *disk*, writes that need not wait to *writes*.
+
+    Those take their blocks in *busy* and a reference on their extent in *refs*. Returns the rest: what
+    overlaps, is cold, crosses an extent, is too long, or is neither read nor write.
+    """
+    rest: list[Request] = []
+    for r in batch:
+        op, offset, length = r.op, r.offset, r.length
+        if op == _READ:
+            r.waiting = LOCAL
+            disk.append(r)
+            continue
+        first, extent, end = offset >> 12, offset >> 22, offset + length
+        n_refs = refs.get(extent)
+        if n_refs is None or first in busy or op != _WRITE or (end - 1) >> 22 != extent or length > IO_MAX:
+            rest.append(r)
+            continue
+        if end <= (first + 1) << 12:
+            busy[first] = r
+        else:
+            blocks = range(first, (end + 4095) >> 12)
+            if not busy.keys().isdisjoint(blocks):
+                rest.append(r)
+                continue
+            busy.update(dict.fromkeys(blocks, r))
+        refs[extent] = n_refs + 1
+        writes.append(r)
+    return rest
+
+
+def pack_writes(
+    out: list[Buffer], inflight: MutableMapping[int, Any], writes: Sequence[Request], volume: int, seq: int,
+    block_id: int, epoch: Any,
+) -> int:  # fmt: skip
+    """Frame *writes* as P_DATA into *out*: header, payload, header, payload…; returns the bytes of payload.
+
+    The first one gets *block_id* and the sequence number after *seq*, each further one the next of both.
+    """
+    headers = bytearray(40 * len(writes))
+    view, pack, at, sent = memoryview(headers), DATA_PACKET.pack_into, 0, 0
+    for r in writes:
+        seq += 1
+        flags = DP_SEND_WRITE_ACK | DP_FUA if r.flags & FUA else DP_SEND_WRITE_ACK
+        length = r.length
+        pack(headers, at, MAGIC, volume, _DATA, 24 + length, 0, r.offset >> 9, block_id, seq & 0xFFFFFFFF, flags)
+        assert r.payload is not None
+        out += (view[at : at + 40], r.payload)
+        inflight[block_id] = r
+        r.block_id = block_id
+        r.epoch = epoch
+        r.waiting = LOCAL | PEER
+        r.legs = MIRRORED | IN_LOG | AL_REF
+        sent += length
+        block_id += 1
+        at += 40
+    return sent
+
+
+def written_here(
+    ops: Sequence[Request], at: int, volume: int, finished: list[Request]
+) -> tuple[int, int, int, int]:
+    """The local disk has done *ops* from *at* on; those without a leg out go to *finished*.
+
+    Stops at an error and at another volume. Returns where, the bytes read, the bytes written, and how many
+    of them were not reads.
+    """
+    n_read = n_written = n_writes = 0
+    for i in range(at, len(ops)):
+        r = ops[i]
+        if r.error or r.volume != volume:
+            return i, n_read, n_written, n_writes
+        r.legs |= LOCAL_OK
+        r.waiting &= ~LOCAL
+        if r.op == _READ:
+            n_read += r.length
+        else:
+            n_written += r.length
+            n_writes += 1
+        if not r.waiting:
+            finished.append(r)
+    return len(ops), n_read, n_written, n_writes
+
+
+def take_acks(
+    view: memoryview, at: int, inflight: MutableMapping[int, Any], volume: int, finished: list[Request]
+) -> tuple[int, int, int]:
+    """Take the run of P_WRITE_ACK for ordinary writes of *volume* that starts at *at*.
+
+    Those without a leg out go to *finished*. Stops at everything else: a flush, an ack that fits nothing, a
+    packet that is not complete. Returns where, for how many writes the peer's leg was still out, and the last
+    sequence number (-1 when there was none).
+    """
+    unpack, end, n_pending, last = ACK.unpack_from, len(view) - 40, 0, -1
+    while at <= end:
+        magic, _, cmd, length, pad, sector, block_id, _, seq = unpack(view, at)
+        if cmd != _WRITE_ACK or magic != MAGIC or length != 24 or pad:
+            break
+        r = inflight.get(block_id)
+        if type(r) is not Request or r.offset >> 9 != sector or r.volume != volume:
+            break
+        del inflight[block_id]
+        at += 40
+        last = seq
+        r.legs |= PEER_OK
+        if r.waiting & PEER:
+            n_pending += 1
+            r.waiting &= ~PEER
+            if not r.waiting:
+                finished.append(r)
+    return at, n_pending, last
+
+
+def settle_writes(requests: Sequence[Request], at: int, busy: dict[int, Any]) -> int:
+    """Let go of the blocks and payloads of finished requests from *at* on; returns where it stopped.
+
+    Stops at a write that did not simply reach both disks, that has left the transfer log, or that is longer
+    than a block. For when nothing waits for any of the blocks.
+    """
+    for i in range(at, len(requests)):
+        r = requests[i]
+        if r.op == _READ:
+            continue
+        legs, length = r.legs, r.length
+        if legs & BOTH_OK != BOTH_OK or legs & IN_SYNC or not legs & IN_LOG or length > 4096:
+            return i
+        first, last = r.offset >> 12, (r.offset + length - 1) >> 12
+        del busy[first]
+        if last != first:
+            del busy[last]
+        r.payload = None
+    return len(requests)
+
+
+def leave_log(
+    requests: Sequence[Any], at: int, volume: int, refs: dict[int, int], inflight: MutableMapping[int, Any]
+) -> int:
+    """The peer has confirmed these as stable: out of the log, and their extents lose a reference in *refs*.
+
+    Stops at a request with the last reference on an extent or with several extents, at another volume, and
+    at anything that is no write. Returns where.
+    """
+    for i in range(at, len(requests)):
+        r = requests[i]
+        if type(r) is not Request or r.volume != volume:
+            return i
+        if not r.waiting & LOCAL and r.legs & AL_REF:
+            extent = r.offset >> 22
+            if (r.offset + r.length - 1) >> 22 != extent or refs[extent] < 2:
+                return i
+            refs[extent] -= 1
+            r.legs &= ~AL_REF
+        r.legs &= ~IN_LOG
+        if inflight:
+            inflight.pop(r.block_id, None)  # protocols A and B have no write ack
+    return len(requests)
+
+
+# ------------------------------------------------------------------------------ the peer's writes
+
+
+def receive_writes(
+    view: memoryview, at: int, volume: int, size: int, epoch: PeerEpoch, disk: list[DiskOp]
+) -> tuple[int, int, int, int]:
+    """Take the run of complete P_DATA packets for *volume* that starts at *at*, as operations for *disk*.
+
+    Stops in front of everything unusual: other packets, flags, a range beyond *size* bytes. Returns where,
+    how many there were, their bytes of payload, and the last sequence number.
+    """
+    n, unpack, count, received, last = len(view), DATA_PACKET.unpack_from, 0, 0, 0
+    while n - at >= 40:
+        magic, number, cmd, length, pad, sector, block_id, seq, dp = unpack(view, at)
+        length -= 24
+        begin, end = at + 40, at + 40 + length
+        if (
+            cmd != _DATA or end > n or magic != MAGIC or number != volume or pad
+            or length <= 0 or length > IO_MAX or length & 511 or (sector << 9) + length > size
+            or dp & _UNUSUAL
+        ):  # fmt: skip
+            break
+        disk.append(
+            PeerWrite(_WRITE, number, sector, length, view[begin:end], FUA if dp & DP_FUA else 0, block_id, dp, epoch)
+        )
+        received += length
+        count += 1
+        last = seq
+        at = end
+    return at, count, received, last
+
+
+def written_for_peer(
+    ops: Sequence[PeerWrite], at: int, volume: int, to_ack: list[PeerWrite]
+) -> tuple[int, int]:
+    """The local disk has done the peer's writes *ops* from *at* on: those that simply get a P_WRITE_ACK.
+
+    Stops at every other one, and at another volume. Returns where, and the bytes written.
+    """
+    written = 0
+    for i in range(at, len(ops)):
+        w = ops[i]
+        if (
+            w.volume != volume or w.tracked or w.al_ref or w.error or w.epoch.dead
+            or w.dp & (DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC) != DP_SEND_WRITE_ACK
+        ):  # fmt: skip
+            return i, written
+        written += w.length
+        w.payload = None
+        to_ack.append(w)
+    return len(ops), written
+
+
+def pack_write_acks(writes: Sequence[PeerWrite], at: int, volume: int, seq: int) -> tuple[int, bytes | bytearray]:
+    """P_WRITE_ACK for each of *writes* from *at* on, up to one of another volume; (where that is, the packets).
+
+    The first one gets the sequence number after *seq*.
+    """
+    end = at
+    while end < len(writes) and writes[end].volume == volume:
+        end += 1
+    buffer = bytearray(40 * (end - at))
+    pack, to = ACK.pack_into, 0
+    for w in writes[at:end]:
+        seq = (seq + 1) & 0xFFFFFFFF
+        w.epoch.active -= 1
+        pack(buffer, to, MAGIC, volume, _WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
+        to += 40
+    return end, buffer

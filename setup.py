@@ -1,0 +1,23 @@
+"""Builds the compiled twins of the data plane's loops where that is possible; all else is in pyproject.toml.
+
+Without a C compiler or without Cython the package installs all the same and uses the Python version.
+"""
+
+from __future__ import annotations
+
+from setuptools import Extension, setup
+
+try:
+    from Cython.Build import cythonize
+except ImportError:
+    twins = []
+else:
+    twins = cythonize(
+        [
+            Extension(f"tandem.{room}._batches", [f"{room}/_batches.pyx"], depends=["repl/_slots.pxi"], optional=True)
+            for room in ("repl", "nbd")
+        ],
+        build_dir="build",
+    )
+
+setup(ext_modules=twins)
