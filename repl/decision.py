@@ -289,12 +289,14 @@ def _solve_split_brain(f: DecisionFacts, draft: _Draft) -> None:
 
 
 def _yields(f: DecisionFacts) -> str:
-    """Who has less to lose, the same on both nodes: not the only Primary, else who changed fewer blocks."""
+    """Who is to give way, the same on both nodes: not the only Primary; else what after-sb-0pri says; else who
+    changed fewer blocks. Being fenced takes no data away, it only ends the writing."""
     if f.demotion_failed:
         return "self"  # a policy has decided for the peer
     if f.n_primaries == 1:
         return "peer" if f.compare.own_primary else "self"
-    return "self" if _least_changes(f) < 0 else "peer"
+    said = _solve_0pri(f).value
+    return "self" if (_least_changes(f) if said == _UNSOLVED else said) < 0 else "peer"
 
 
 def _apply_policy(f: DecisionFacts, draft: _Draft, *, full: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from tandem.repl import packets, transition, uuids
 
-from tests import role_table
+from tests import role_table, split_brain_table
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 
@@ -43,6 +43,30 @@ of its own, and the last client that leaves a `secondary`; a client is told the 
 
 """
 
+SPLIT_BRAIN: Final = """\
+# Split brain: which data is given up, and who is fenced
+
+Two nodes that were Primary without each other have two histories. When they meet, the `after-sb-` policies decide, by
+how many of them are Primary now, whose history is given up: the tables name the node (alice or bob) whose data is
+replaced by the other's, "–" where the policy has no answer. Then `connect --discard-my-data` on one node is one;
+without it both nodes are StandAlone, the `split-brain` handler runs, and the log says what to do.
+
+* `discard-local` and `discard-remote` are meant from alice's side; bob's configuration must have the other word.
+* `call-pri-lost-after-sb` demotes the Primary that loses. If that is refused, because clients are attached,
+  `pri-lost-after-sb` runs on it and the split brain stays unresolved.
+* A Primary does not take the peer's data while it is Primary, unless `rr-conflict violently` is set; with
+  `call-pri-lost` the handler `pri-lost` runs on it. In both cases the connection ends.
+* Histories that share no bitmap generation are only put to the policies with `always-asbp`; then everything is copied.
+
+Unresolved, with `fencing resource-only` or `resource-and-stonith`, a node that is Primary runs its `fence-peer` handler
+once for the node that must yield: the Secondary if there is one; of two Primaries the one whose data `after-sb-0pri`
+would give up, or else the one that changed less. Who yields leaves the peer alone; a Secondary is Outdated then, and
+under `resource-and-stonith` a Primary waits with its I/O frozen. Both nodes reach the same answer by themselves. If
+nobody is Primary nobody writes, and nobody is fenced. The outcome is in `status`, as the state of the peer's disk and
+as `suspended:fencing`, and in the log.
+
+"""
+
 PACKETS: Final = """\
 # Packets: what is accepted from the peer
 
@@ -67,6 +91,7 @@ def pages() -> dict[str, str]:
     sources = {
         "states.md": (STATES, "repl/transition.py", transition.state_table()),
         "roles.md": (ROLES, "tests/role_table.py", role_table.role_table()),
+        "split-brain.md": (SPLIT_BRAIN, "tests/split_brain_table.py", split_brain_table.split_brain_tables()),
         "packets.md": (PACKETS, "repl/packets.py", packets.packet_table()),
         "uuid-rules.md": (UUIDS, "repl/uuids.py", uuids.rules_table()),
     }

@@ -160,6 +160,13 @@ def test_who_yields_is_the_same_on_both_nodes(changes: dict[str, object], yields
     assert {yields, mirrored} == {"self", "peer"}
 
 
+def test_what_after_sb_0pri_says_counts_for_who_yields_where_it_was_not_asked() -> None:
+    """Both are Primary: the policy would keep the older Primary, although it changed less."""
+    f = facts(replace(OWN_SB, bitmap=A | 1), PEER_SB, own_primary=True, peer_primary=True, own_bits=1, peer_bits=9)
+    assert decide(f).yields == "self"
+    assert decide(replace(f, after_sb_0pri=AfterSb.DISCARD_YOUNGER_PRIMARY)).yields == "peer"
+
+
 def test_nobody_yields_when_it_is_solved() -> None:
     assert decide(split(own_discard=True)).yields == "" and decide(facts(AHEAD, BEHIND)).yields == ""
     assert decide(split(own_primary=True, demotion_failed=True)).yields == "self"
