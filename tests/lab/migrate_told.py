@@ -91,7 +91,7 @@ class Telling:
     def table(self) -> None:
         table = Table(title_justify="left", pad_edge=False, box=None)
         table.add_column("step")
-        for name in ("time", "blocks", "unmounted", "longest wait"):
+        for name in ("time", "blocks", "unmounted", "wait"):
             table.add_column(name, justify="right")
         for step in self.steps:
             table.add_row(
