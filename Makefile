@@ -33,8 +33,8 @@ lab: $(VENV)/.installed-test  ## Against the kernel's own DRBD in small virtual 
 sim: $(VENV)/.installed-test  ## Random runs of the simulator: N= how many, SEED= replays one.
 	@$(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N))
 
-bench: $(VENV)/.installed-test programs  ## Side by side with nbdkit; QUICK=1 takes a minute.
-	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
+bench: $(VENV)/.installed-bench programs  ## Side by side with others, half an hour; QUICK=1 takes under three minutes.
+	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick,--json benchmarks/results/run.json --plots benchmarks/results)
 
 lint: $(VENV)/.installed-test  ## ruff, mypy --strict and the rules of the house.
 	$(BIN)/ruff check .
@@ -45,6 +45,10 @@ lint: $(VENV)/.installed-test  ## ruff, mypy --strict and the rules of the house
 
 docs: $(VENV)/.installed-test  ## Write the tables in docs/ again from the code.
 	$(BIN)/python -m tests.doc_tables
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	@$(INSTALL) --editable '.[test,bench]'
+	@touch $@
 
 clean:  ## Remove the virtual environment and what programs left behind.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from extras import Figure
 from rich.console import Console
 from rich.table import Table
-from workloads import MIB, RATE, Measured, Workload
+from workloads import MIB, PEER_BARS, RATE, Measured, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def show(
                 ratio = str(found)
                 cpu_found = cpu_ratios(rounds, system, reference)
                 cpu = f"{cpu_found.median:.2f}" if cpu_found else ""
-                bar = _bar(workload, found.median) if system == "tandem" else ""
+                bar = _judged(workload.bar, found.median, workload.more_is_better) if system == "tandem" else ""
             table.add_row(
                 workload.title if i == 0 else "", titles[system], figure_text(workload, runs),
                 f"{statistics.median(r.p99_us for r in runs):,.0f} µs",
@@ -88,10 +89,39 @@ def show(
         console.print(note, highlight=False, markup=False)
 
 
-def _bar(workload: Workload, ratio: float) -> str:
-    reached = workload.reached(ratio)
-    if reached is None:
+def show_peers(
+    console: Console, titles: Mapping[str, str], peers: Sequence[str], results: Sequence[tuple[Workload, Rounds]]
+) -> None:
+    """Print Tandem's ratio to each of the other systems with two copies, and the bars there are for it."""
+    table = Table(title="Tandem to the others that keep two copies", title_justify="left")
+    table.add_column("workload")
+    for peer in peers:
+        table.add_column(titles[peer], justify="right")
+    for workload, rounds in results:
+        row = []
+        for peer in peers:
+            found = ratios(workload, rounds, "tandem", peer)
+            bar = PEER_BARS.get((workload.name, peer))
+            row.append(f"{found} {_judged(bar, found.median, workload.more_is_better)}".rstrip())
+        table.add_row(workload.title, *row)
+    console.print(table)
+
+
+def show_figures(console: Console, figures: Sequence[Figure]) -> None:
+    """Print what is no fio job."""
+    table = Table()
+    table.add_column("Tandem, and the memory of all")
+    table.add_column("", justify="right")
+    table.add_column("bar", justify="right")
+    for figure in figures:
+        bar = _judged(figure.bar, figure.value, figure.more_is_better)
+        table.add_row(figure.title, f"{figure.value:,.2f} {figure.unit}".rstrip(), bar)
+    console.print(table)
+
+
+def _judged(bar: float | None, value: float, more_is_better: bool) -> str:
+    if bar is None:
         return ""
-    sign = "≥" if workload.more_is_better else "≤"
+    sign, reached = ("≥", value >= bar) if more_is_better else ("≤", value <= bar)
     colour = "green" if reached else "red"
-    return f"[{colour}]{sign} {workload.bar}[/{colour}]"
+    return f"[{colour}]{sign} {bar}[/{colour}]"

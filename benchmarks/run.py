@@ -19,15 +19,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import extras
 import machine
 import report
+from extras import FILL
+from replicated import ALL, Tandem, other_tree
 from rich.console import Console
-from systems import ALL, BenchError, System, Tandem, other_tree
+from systems import BenchError, System
 from workloads import MIB, WORKLOADS, FioError, Measured, Workload, cpu_seconds, measured, run_fio
 
 REFERENCE = "nbdkit"
-QUICK_SYSTEMS = ("nbdkit", "tandem", "other")
-FILL = Workload("fill", "fill", "write", MIB, 8)
+RESYNCED = ("tandem", "other")
 
 
 def main() -> int:
@@ -65,6 +67,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--also", metavar="DIR", help="measure the Tandem of another checkout, too")
     parser.add_argument("--dir", default=tempfile.gettempdir(), help="where the backing files are made")
     parser.add_argument("--no-resync", action="store_true", help="leave the resync out")
+    parser.add_argument("--no-extras", action="store_true", help="only fio's jobs; --quick implies it")
+    parser.add_argument("--plots", metavar="DIR", help="draw throughput and latency against queue depth there")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 5)
     options.seconds = options.seconds or (2.0 if options.quick else 4.0)
@@ -83,7 +87,7 @@ def _chosen(options: argparse.Namespace, console: Console) -> list[type[System]]
     for system in candidates:
         if options.system and system.name not in (*options.system, REFERENCE, "other"):
             continue
-        if options.quick and not options.system and system.name not in QUICK_SYSTEMS:
+        if options.quick and not options.system and not system.is_quick:
             continue
         why = system.unavailable()
         if why:
@@ -103,7 +107,7 @@ def _run(
         system = cls(directory, options.size)
         stack.callback(system.stop)
         system.start()
-        run_fio(FILL, system.uri, options.size, 0.5 + options.size / (500 * MIB), 1)
+        run_fio(FILL, system.engine, options.size, 0.5 + options.size / (500 * MIB), 1)
         systems.append(system)
     workloads = [
         w for w in WORKLOADS
@@ -112,7 +116,7 @@ def _run(
     results: dict[str, dict[str, list[Measured]]] = {
         w.name: {s.name: [] for s in systems} for w in workloads
     }
-    resyncs: dict[str, list[float]] = {s.name: [] for s in systems if isinstance(s, Tandem)}
+    resyncs: dict[str, list[float]] = {s.name: [] for s in systems if s.name in RESYNCED}
     loads: list[float] = []
     for number in range(options.rounds):
         for workload in workloads:
@@ -124,23 +128,51 @@ def _run(
                 results[workload.name][system.name].append(_measure(workload, system, options, number))
         if not options.no_resync:
             for system in systems:
-                if isinstance(system, Tandem):
+                if isinstance(system, Tandem) and system.name in RESYNCED:
                     resyncs[system.name].append(_resync(system, options))
         loads.append(machine.load())
+    figures = [] if options.quick or options.no_extras else _extras(options, console, systems, directory)
     described["load after"] = machine.load()
     notes = _resync_notes(resyncs, results)
     notes += _load_notes(described, loads)
     titles = {system.name: system.title for system in systems}
-    report.show(console, titles, REFERENCE, [(w, results[w.name]) for w in workloads], notes)
+    shown = [(w, results[w.name]) for w in workloads]
+    report.show(console, titles, REFERENCE, shown, notes)
+    peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)]
+    if peers:
+        report.show_peers(console, titles, peers, shown)
+    memory = [extras.Figure(f"peak memory of a process: {s.title}", extras.peak_rss(s.pids), "MiB") for s in systems]
+    report.show_figures(console, [*figures, *memory])
+    found = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
     if options.json:
-        _write(Path(options.json), options, described, workloads, results, resyncs)
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.plots:
+        import plots  # Its library is not needed for anything else.
+
+        plots.draw(found, Path(options.plots))
     return 0
+
+
+def _extras(
+    options: argparse.Namespace, console: Console, systems: list[System], directory: Path
+) -> list[extras.Figure]:
+    """What is no fio job; the systems that were measured are idle meanwhile."""
+    figures: list[extras.Figure] = []
+    for system in systems:
+        if system.name == "tandem" and isinstance(system, Tandem):
+            figures.append(extras.writes_during_resync(system, options.size))
+            figures.append(extras.verify(system, options.size))
+    for measure in extras.ALONE:
+        if console.is_terminal:
+            console.print(measure.__name__, end="\x1b[K\r", highlight=False)
+        figures += measure(directory)
+    return figures
 
 
 def _measure(workload: Workload, system: System, options: argparse.Namespace, number: int) -> Measured:
     ticks = os.sysconf("SC_CLK_TCK")
     before = cpu_seconds(system.pids, ticks)
-    fio = run_fio(workload, system.uri, options.size, options.seconds, number + 1)
+    fio = run_fio(workload, system.engine, options.size, options.seconds, number + 1)
     return measured(workload, fio, cpu_seconds(system.pids, ticks) - before)
 
 
@@ -148,7 +180,8 @@ def _resync(system: Tandem, options: argparse.Namespace) -> float:
     """Bytes per second of copying one dirty region: the first 256 MiB (1 GiB at most)."""
     size = min(options.size, 1 << 30)
     seconds = 0.5 + size / (300 * MIB)
-    return system.resync(lambda: run_fio(FILL, system.uri, size, seconds, 1))
+    n_bytes, took = system.resync(lambda: run_fio(FILL, system.engine, size, seconds, 1))
+    return n_bytes / took
 
 
 def _resync_notes(resyncs: dict[str, list[float]], results: dict[str, dict[str, list[Measured]]]) -> list[str]:
@@ -181,16 +214,19 @@ def _load_notes(described: dict[str, Any], loads: list[float]) -> list[str]:
     return notes
 
 
-def _write(
-    path: Path, options: argparse.Namespace, described: dict[str, Any], workloads: list[Workload],
-    results: dict[str, dict[str, list[Measured]]], resyncs: dict[str, list[float]],
-) -> None:  # fmt: skip
-    found = {
+def _found(
+    options: argparse.Namespace, described: dict[str, Any], workloads: list[Workload],
+    results: dict[str, dict[str, list[Measured]]], resyncs: dict[str, list[float]], figures: list[extras.Figure],
+    titles: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that was measured, for `--json`."""
+    return {
         "machine": described,
         "rounds": options.rounds,
         "seconds": options.seconds,
         "size": options.size,
         "reference": REFERENCE,
+        "titles": titles,
         "workloads": [
             {
                 **asdict(workload),
@@ -205,8 +241,8 @@ def _write(
             for workload in workloads
         ],
         "resync_bytes_per_s": resyncs,
+        "figures": [asdict(figure) for figure in figures],
     }
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

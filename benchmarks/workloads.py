@@ -33,6 +33,7 @@ class Workload:
     depth: int
     figure: str = RATE
     fsync: bool = False
+    jobs: int = 1  # each has a connection and a part of the export of its own
     bar: float | None = None
     quick: bool = True
 
@@ -40,26 +41,50 @@ class Workload:
     def more_is_better(self) -> bool:
         return self.figure == RATE
 
-    def reached(self, ratio: float) -> bool | None:
-        """Does *ratio* reach the bar? None without one."""
-        if self.bar is None:
-            return None
-        return ratio >= self.bar if self.more_is_better else ratio <= self.bar
-
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 
+DEPTHS: Final = (1, 8, 32, 128)
+_BARS: Final = {"randwrite-4k-qd1": 2.0, "randwrite-4k-qd32": 0.5, "randwrite-4k-qd128": 0.65, "randread-4k-qd32": 1.5}
+_QUICK: Final = frozenset(_BARS)
+
+
+def _by_depth(rw: str, word: str) -> list[Workload]:
+    """4 KiB at every depth; a lone request is judged by its latency, the others by their rate."""
+    made = []
+    for depth in DEPTHS:
+        name = f"{rw}-4k-qd{depth}"
+        figure = LATENCY if depth == 1 else RATE
+        made.append(
+            Workload(
+                name, f"4 KiB random {word}, QD {depth}", rw, 4 * KIB, depth, figure,
+                bar=_BARS.get(name), quick=name in _QUICK,
+            )
+        )  # fmt: skip
+    return made
+
+
 WORKLOADS: Final = (
-    Workload("randwrite-4k-qd1", "4 KiB random write, QD 1", "randwrite", 4 * KIB, 1, LATENCY, bar=2.0),
-    Workload("randwrite-4k-qd32", "4 KiB random write, QD 32", "randwrite", 4 * KIB, 32, bar=0.5),
-    Workload("randwrite-4k-qd128", "4 KiB random write, QD 128", "randwrite", 4 * KIB, 128, bar=0.65),
-    Workload("randread-4k-qd1", "4 KiB random read, QD 1", "randread", 4 * KIB, 1, LATENCY, quick=False),
-    Workload("randread-4k-qd32", "4 KiB random read, QD 32", "randread", 4 * KIB, 32, bar=1.5),
+    *_by_depth("randwrite", "write"),
+    *_by_depth("randread", "read"),
+    Workload("write-128k-qd8", "128 KiB sequential write, QD 8", "write", 128 * KIB, 8, quick=False),
     Workload("write-1m-qd8", "1 MiB sequential write, QD 8", "write", MIB, 8, bar=0.6),
+    Workload("read-128k-qd8", "128 KiB sequential read, QD 8", "read", 128 * KIB, 8, quick=False),
     Workload("read-1m-qd8", "1 MiB sequential read, QD 8", "read", MIB, 8, bar=0.9),
+    Workload("mix-4k-qd32", "4 KiB random, 70 % read, QD 32", "randrw", 4 * KIB, 32, quick=False),
     Workload("fsync-4k", "4 KiB write and fsync each", "randwrite", 4 * KIB, 1, LATENCY, fsync=True, bar=2.2),
-)
+    Workload("randwrite-4k-4x8", "4 KiB random write, 4 connections, QD 8 each", "randwrite", 4 * KIB, 8, jobs=4,
+             quick=False),
+)  # fmt: skip
+_MIRRORS: Final = ("qemu-quorum", "qemu-mirror")
+PEER_BARS: Final = {  # what Tandem's ratio to another system with two copies is to reach
+    **{("randwrite-4k-qd32", peer): 3.0 for peer in _MIRRORS},
+    ("randwrite-4k-qd32", "gluster"): 6.0,
+    **{("randwrite-4k-qd1", peer): 0.75 for peer in (*_MIRRORS, "gluster")},
+    **{("write-1m-qd8", peer): 2.2 for peer in _MIRRORS},
+    **{("fsync-4k", peer): 0.9 for peer in _MIRRORS},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +96,20 @@ class Measured:
     latency_us: float  # mean; with fsync, of a write and its fsync together
     p50_us: float
     p99_us: float
+    p999_us: float
     cpu_us_per_op: float
 
     def figure(self, workload: Workload) -> float:
         return self.ops_per_s if workload.figure == RATE else self.latency_us
 
 
-def run_fio(workload: Workload, uri: str, size: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Run the job against *uri*; fio's figures of the one direction it used. Raises FioError."""
+def run_fio(workload: Workload, engine: Sequence[str], size: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Run the job with the engine arguments of a system; fio's figures of it. Raises FioError."""
+    share = size // workload.jobs
     command = [
-        "fio", f"--name={workload.name}", "--ioengine=nbd", f"--uri={uri}", f"--rw={workload.rw}",
-        f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={size}", "--time_based",
+        "fio", f"--name={workload.name}", *engine, f"--rw={workload.rw}", "--rwmixread=70",
+        f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={share}", "--time_based",
+        f"--numjobs={workload.jobs}", f"--offset_increment={share if workload.jobs > 1 else 0}",
         f"--runtime={round(seconds * 1000)}ms", f"--randseed={seed}", "--norandommap",
         "--group_reporting", "--output-format=json",
     ]  # fmt: skip
@@ -90,42 +118,47 @@ def run_fio(workload: Workload, uri: str, size: int, seconds: float, seed: int) 
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + GRACE_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise FioError(f"fio did not end within {seconds + GRACE_S:.0f} s on {uri}") from error
+        raise FioError(f"fio did not end within {seconds + GRACE_S:.0f} s: {' '.join(engine)}") from error
     begin = done.stdout.find("{")  # fio says one line about the job before its JSON
     if done.returncode or begin < 0:
         last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-        raise FioError(f"fio failed with status {done.returncode} on {uri}: {last}")
-    job = json.loads(done.stdout[begin:])["jobs"][0]
+        raise FioError(f"fio failed with status {done.returncode}: {' '.join(engine)}: {last}")
+    job: dict[str, Any] = json.loads(done.stdout[begin:])["jobs"][0]
     if job["error"]:
-        raise FioError(f"fio met error {job['error']} on {uri}")
-    found: dict[str, Any] = job["read" if workload.rw.endswith("read") else "write"]
-    return found
+        raise FioError(f"fio met error {job['error']}: {' '.join(engine)}")
+    return job
 
 
-def measured(workload: Workload, fio: dict[str, Any], cpu_s: float) -> Measured:
-    """fio's figures and the servers' CPU time as one value."""
-    n = fio["total_ios"]
-    seconds = fio["runtime"] / 1000
-    if not n or not seconds:
+def measured(workload: Workload, job: dict[str, Any], cpu_s: float) -> Measured:
+    """fio's figures and the servers' CPU time as one value; of a mix, the latencies are those of its writes."""
+    sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
+    if not sides or not sides[-1]["runtime"]:
         raise FioError("fio finished no operation")
-    percentiles = fio["clat_ns"].get("percentile", {})
+    n = sum(side["total_ios"] for side in sides)
+    seconds = max(side["runtime"] for side in sides) / 1000
+    last = sides[-1]
+    percentiles = last["clat_ns"].get("percentile", {})
     # An fsync is no I/O of its own in fio's figures, so the time of the pair is what the run took.
-    latency = seconds / n * 1e6 if workload.fsync else fio["lat_ns"]["mean"] / 1000
+    latency = seconds / n * 1e6 if workload.fsync else last["lat_ns"]["mean"] / 1000
     return Measured(
         ops_per_s=n / seconds,
         bytes_per_s=n * workload.block / seconds,
         latency_us=latency,
         p50_us=percentiles.get("50.000000", 0) / 1000,
         p99_us=percentiles.get("99.000000", 0) / 1000,
+        p999_us=percentiles.get("99.900000", 0) / 1000,
         cpu_us_per_op=cpu_s / n * 1e6,
     )
 
 
 def cpu_seconds(pids: Sequence[int], clock_ticks: int) -> float:
-    """CPU time that these processes have used so far, user and system together. Source: proc(5)."""
+    """CPU time that these processes, and their children that have ended, have used so far, user and system.
+
+    Source: proc(5), utime, stime, cutime and cstime.
+    """
     total = 0
     for pid in pids:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
         fields = stat[stat.rindex(")") + 2 :].split()  # the name before may hold anything
-        total += int(fields[11]) + int(fields[12])
+        total += sum(int(field) for field in fields[11:15])
     return total / clock_ticks

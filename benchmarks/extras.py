@@ -1,0 +1,214 @@
+"""What is not a fio job on an export: resync, verify, first sync, attach, memory, many resources on one host.
+
+Each function makes what it measures, ends it again, and returns `Figure` values. Only Tandem is measured
+here: the others have no such thing, or do it when nobody watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from replicated import Tandem
+from systems import BenchError
+from workloads import KIB, MIB, Workload, cpu_seconds, run_fio
+
+GIB: Final = 1 << 30
+TIB: Final = 1 << 40
+LARGEST: Final = 15 * TIB  # ext4 has no larger files than 16 TiB less a block
+WATCH_S: Final = 10.0  # a sync that takes minutes is watched for so long
+FILL: Final = Workload("fill", "fill", "write", MIB, 8)
+LOAD: Final = Workload("load", "load", "randwrite", 4 * KIB, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value; *bar* is what it is to reach, None where there is none."""
+
+    title: str
+    value: float
+    unit: str
+    bar: float | None = None
+    more_is_better: bool = True
+
+
+@contextlib.contextmanager
+def sparse_pair(directory: Path, name: str, size: int, disk: str = "") -> Iterator[Tandem]:
+    """Two nodes with sparse files of *size* bytes, metadata made, not started."""
+    system = Tandem(directory / name, size)
+    system.disk_options = disk
+    files = [system.directory / f"{node}.img" for node in ("alice", "bob")]
+    for file in files:
+        file.touch()
+        os.truncate(file, size)
+    try:
+        system.make(*files)
+        yield system
+    finally:
+        system.stop()
+        for file in files:
+            file.unlink()
+
+
+def connect(system: Tandem) -> None:
+    """Bring both nodes up, with equal disks and alice Primary."""
+    for node in ("alice", "bob"):
+        system.up(node)
+    system.adm("alice", "wait-connect", "r0")
+    system.adm("alice", "new-current-uuid", "--clear-bitmap", "r0")
+    system.adm("alice", "primary", "r0")
+    system.uri = f"nbd+unix:///r0?socket={system.directory}/alice.nbd"
+
+
+def peak_rss(pids: Sequence[int]) -> float:
+    """The most memory that the largest of these processes ever had, in MiB. Source: proc(5), VmHWM."""
+    return max(_status(pid, "VmHWM") for pid in pids) / 1024
+
+
+def _status(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise BenchError(f"the kernel does not tell {field} of process {pid}")
+
+
+def writes_during_resync(system: Tandem, size: int) -> Figure:
+    """The rate of 4 KiB writes while a resync runs, to their rate when none does."""
+    alone = run_fio(LOAD, system.engine, size, 1.0, 1)["write"]["iops"]
+    during: list[float] = []
+    system.resync(
+        lambda: run_fio(FILL, system.engine, size, 0.5 + size / (300 * MIB), 1),
+        lambda: during.append(run_fio(LOAD, system.engine, size, 0.5, 2)["write"]["iops"]),
+    )
+    return Figure("4 KiB writes during a resync, to without", during[0] / alone, "", 0.5)
+
+
+def verify(system: Tandem, size: int) -> Figure:
+    """Bytes per second of an online verify of the whole export."""
+    watch = system.statuses("alice")
+    next(watch)
+    system.adm("alice", "verify", "r0")
+    began = 0.0
+    for at, status in watch:
+        state = status["connection"]["volumes"][0]["replication"]
+        if state == "VerifyS" and not began:
+            began = at
+        elif began and state == "Established":
+            return Figure("online verify", size / (at - began) / 1e6, "MB/s")
+    raise BenchError("the daemon of alice ended during the verify")
+
+
+def first_sync(directory: Path) -> list[Figure]:
+    """How fast the first sync of a sparse 1 TiB device goes, with thin resync and without."""
+    found = []
+    for title, option in (("", ""), (", rs-discard-granularity 1M", "rs-discard-granularity 1M;")):
+        with sparse_pair(directory, f"first{len(option)}", TIB, option) as system:
+            for node in ("alice", "bob"):
+                system.up(node)
+            system.adm("alice", "wait-connect", "r0")
+            system.adm("alice", "primary", "--force", "r0")
+            rate = _watched_rate(system)
+            found.append(Figure(f"first sync of a sparse 1 TiB device{title}", rate / 1e6, "MB/s"))
+    return found
+
+
+def _watched_rate(system: Tandem) -> float:
+    """Bytes per second of the sync that goes on, over some seconds or to its end."""
+    marks: list[tuple[float, int]] = []
+    deadline = time.monotonic() + WATCH_S
+    while time.monotonic() < deadline:
+        at, status = next(system.statuses("bob"))
+        peer = status["connection"]["volumes"][0]
+        if peer["replication"] == "SyncTarget":
+            marks.append((at, peer["out_of_sync"]))
+        elif marks:
+            marks.append((at, 0))
+            break
+        time.sleep(0.1)
+    (began, before), (ended, after) = marks[0], marks[-1]
+    return (before - after) / (ended - began)
+
+
+def attach(directory: Path) -> list[Figure]:
+    """Seconds of an attach, not the first one after create-md, which writes the bitmap."""
+    found = []
+    for size, name in ((GIB, "1 GiB"), (TIB, "1 TiB"), (LARGEST, "15 TiB")):
+        with sparse_pair(directory, f"attach{size >> 30}", size) as system:
+            system.up("alice")
+            system.adm("alice", "detach", "r0")
+            seconds = _seconds(system, "attach") - _seconds(system, "role")  # less what any command takes
+            found.append(Figure(f"attach of {name}", max(seconds, 0.0), "s", 3.0, more_is_better=False))
+    return found
+
+
+def _seconds(system: Tandem, command: str) -> float:
+    began = time.monotonic()
+    system.adm("alice", command, "r0")
+    return time.monotonic() - began
+
+
+def scattered(directory: Path) -> list[Figure]:
+    """Seconds of a resync after 1,000 scattered dirty blocks on the largest device."""
+    with sparse_pair(directory, "scattered", LARGEST) as system:
+        connect(system)
+        draw = random.Random(1)
+        places = ";".join(f"h.pwrite(b, {draw.randrange(LARGEST // 2 // 4096) * 4096})" for _ in range(1000))
+        script = f"import nbd; h = nbd.NBD(); h.connect_uri({system.uri!r}); b = b'x' * 4096; {places}"
+
+        def write() -> None:
+            subprocess.run(["/usr/bin/python3", "-c", script], check=True, cwd="/")
+
+        n_bytes, seconds = system.resync(write)
+        memory = peak_rss([system.pid("alice"), system.pid("bob")])
+    if n_bytes < 900 * 4096:
+        raise BenchError(f"only {n_bytes} bytes were out of sync after 1,000 scattered writes")
+    return [
+        Figure("resync of 1,000 scattered blocks on 15 TiB", seconds, "s", 1.0, False),
+        Figure("peak memory of a node with 15 TiB", memory, "MiB"),
+    ]
+
+
+def many(directory: Path) -> list[Figure]:
+    """1, 10 and 50 resources on one host: both nodes of each, what they cost when idle, and all under load."""
+    found = []
+    for n in (1, 10, 50):
+        with contextlib.ExitStack() as stack:
+            systems = [stack.enter_context(sparse_pair(directory, f"many{n}-{i}", 16 * MIB)) for i in range(n)]
+            for system in systems:
+                connect(system)
+            pids = [pid for system in systems for pid in system.pids]
+            ticks = os.sysconf("SC_CLK_TCK")
+            before, began = cpu_seconds(pids, ticks), time.monotonic()
+            time.sleep(3)
+            idle = (cpu_seconds(pids, ticks) - before) / (time.monotonic() - began)
+            memory = sum(_status(pid, "RssAnon") for pid in pids) / 1024 / len(pids)
+            rate = _all_at_once(systems)
+            title = f"{n} resource{'s' if n > 1 else ''}"
+            found += [
+                Figure(f"{title}: memory of a node, its own", memory, "MiB"),
+                Figure(f"{title}: processor time of all nodes, idle", idle * 100, "%"),
+                Figure(f"{title}: 4 KiB writes, QD 4 on each, together", rate, "/s"),
+            ]
+    return found
+
+
+def _all_at_once(systems: list[Tandem]) -> float:
+    """Writes per second of one fio per system, all running together."""
+    jobs = []
+    for i, system in enumerate(systems):
+        jobs += [f"--name=job{i}", *system.engine, "--rw=randwrite", "--bs=4k", "--iodepth=4", "--size=8M",
+                 "--time_based", "--runtime=3"]  # fmt: skip
+    done = subprocess.run(["fio", "--output-format=json", *jobs], capture_output=True, text=True, check=True)
+    text = done.stdout[done.stdout.index("{\n") :]
+    return float(sum(job["write"]["iops"] for job in json.loads(text)["jobs"]))
+
+
+ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, many)

@@ -1,0 +1,308 @@
+"""The systems that keep two copies: Tandem, alone and inside nbdkit, qemu's two mirrors, GlusterFS.
+
+All of them answer a write when both copies have it. `Tandem` also knows how to make and watch a resync, a
+verify and an attach, for `extras`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from systems import BenchError, NbdkitFile, NbdServer, QemuNbd, System, free_port, last_line
+
+REPOSITORY: Final = Path(__file__).resolve().parent.parent
+QMP_S: Final = 60.0
+
+CONFIG: Final = """\
+global { usage-count no; }
+resource r0 {
+  net { protocol C; verify-alg crc32c; }
+  disk { %(disk)s }
+  meta-disk internal;
+  on alice { device "nbd+unix:///r0?socket=%(dir)s/alice.nbd"; disk %(alice)s; address 127.0.0.1:%(port_a)d; }
+  on bob   { device "nbd+unix:///r0?socket=%(dir)s/bob.nbd";   disk %(bob)s;   address 127.0.0.1:%(port_b)d; }
+}
+"""
+
+
+class Tandem(System):
+    """Two nodes on loopback, protocol C. *tree* is another checkout to run, for before and after."""
+
+    name = "tandem"
+    title = "Tandem, protocol C"
+    is_replicated = True
+    is_quick = True
+    tree: Path | None = None
+    disk_options = ""  # statements for the disk section
+
+    def start(self) -> None:
+        self.make(self.backing_file("alice.img"), self.backing_file("bob.img"))
+        for node in ("alice", "bob"):
+            self.up(node)
+        self.adm("alice", "wait-connect", "r0")
+        # Both files hold the same bytes, so the initial sync can be skipped.
+        self.adm("alice", "new-current-uuid", "--clear-bitmap", "r0")
+        self.adm("alice", "primary", "r0")
+        self.uri = f"nbd+unix:///r0?socket={self.directory}/alice.nbd"
+
+    def make(self, alice: Path, bob: Path) -> None:
+        """Configuration and metadata of two nodes with these backing files."""
+        values = {
+            "dir": self.directory, "alice": alice, "bob": bob, "port_a": free_port(), "port_b": free_port(),
+            "disk": self.disk_options,
+        }  # fmt: skip
+        (self.directory / "conf").write_text(CONFIG % values, encoding="utf-8")
+        for node in ("alice", "bob"):
+            self.adm(node, "create-md", "--force", "r0")
+
+    def up(self, node: str) -> None:
+        """Start *node*, which ends with this system."""
+        self.stack.callback(self._down, node)
+        self.adm(node, "up", "r0")
+        self.pids.append(self.pid(node))
+
+    def pid(self, node: str) -> int:
+        return int((self.directory / "run" / node / "r0.pid").read_text(encoding="ascii"))
+
+    def adm(self, node: str, *args: str) -> None:
+        """Run tandemadm as *node*."""
+        command = [
+            sys.executable, "-c", "from tandem.tools.adm import main; main()", "-c", str(self.directory / "conf"),
+            "--node", node, "--run-dir", str(self.directory / "run"), *args,
+        ]  # fmt: skip
+        environment = dict(os.environ)
+        if self.tree is not None:
+            environment["PYTHONPATH"] = str(self.tree / "tests" / "typing")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip()
+            said += f" ({last_line(self.directory / 'run' / node / 'r0.log')})"
+            raise BenchError(f"tandemadm {' '.join(args)} on {node} failed ({done.returncode}): {said}")
+
+    def _down(self, node: str) -> None:
+        with contextlib.suppress(BenchError):
+            self.adm(node, "down", "r0")
+
+    def statuses(self, node: str) -> Iterator[tuple[float, dict[str, Any]]]:
+        """The status of *node* now and whenever it changes, with the time it came."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(120)
+            sock.connect(str(self.directory / "run" / node / "r0.ctl"))
+            sock.sendall(b'{"do": "events"}\n')
+            with sock.makefile("rb") as lines:
+                for line in lines:
+                    yield time.monotonic(), json.loads(line)["status"]
+
+    def resync(self, write: Callable[[], object], during: Callable[[], object] | None = None) -> tuple[int, float]:
+        """Bytes and seconds of a resync after *write* has run without the peer; *during* runs meanwhile."""
+        self.adm("bob", "disconnect", "r0")
+        write()
+        began, n_bytes = 0.0, 0
+        watch = self.statuses("bob")
+        next(watch)
+        self.adm("bob", "connect", "r0")
+        for at, status in watch:
+            peer = status["connection"]["volumes"][0]
+            if peer["replication"] == "SyncTarget" and not began:
+                began, n_bytes = at, peer["out_of_sync"]
+                if during is not None:
+                    during()
+            elif began and status["volumes"][0]["disk"] == "UpToDate":
+                return n_bytes, at - began
+        raise BenchError("the daemon of bob ended during the resync")
+
+
+def other_tree(tree: Path) -> type[Tandem]:
+    """Tandem as it stands in another checkout."""
+
+    class Other(Tandem):
+        name = "other"
+        title = f"Tandem of {tree}"
+
+    Other.tree = tree.resolve()
+    return Other
+
+
+class TandemInNbdkit(Tandem):
+    """Tandem, with the Primary inside nbdkit."""
+
+    name = "tandem-nbdkit"
+    title = "Tandem in nbdkit, protocol C"
+    is_quick = False
+
+    @classmethod
+    def unavailable(cls) -> str:
+        if shutil.which("nbdkit") is None:
+            return "nbdkit is not installed (Debian package nbdkit)"
+        probe = subprocess.run(["nbdkit", "python", "--dump-plugin"], capture_output=True, check=False)
+        return "nbdkit has no Python (Debian package nbdkit-plugin-python)" if probe.returncode else ""
+
+    def start(self) -> None:
+        self.make(self.backing_file("alice.img"), self.backing_file("bob.img"))
+        self.up("bob")
+        sock = self.directory / "alice.nbdkit"
+        plugin = REPOSITORY / "nbd" / "nbdkit_plugin.py"
+        where = [f"config={self.directory}/conf", "node=alice", f"run-dir={self.directory}/run"]
+        os.environ.setdefault("VIRTUAL_ENV", sys.prefix)
+        self.run(["nbdkit", "-f", "-U", str(sock), "python", str(plugin), "resource=r0", *where], sock)
+        self.adm("bob", "wait-connect", "r0")
+        self.adm("alice", "new-current-uuid", "--clear-bitmap", "r0")
+        self.adm("alice", "primary", "r0")
+        self.uri = f"nbd+unix:///r0?socket={sock}"
+
+
+class _QemuMirror(System):
+    """A qemu-storage-daemon with the first copy, and a qemu-nbd on the other side of a socket with the second."""
+
+    is_replicated = True
+
+    @classmethod
+    def unavailable(cls) -> str:
+        missing = [p for p in ("qemu-storage-daemon", "qemu-nbd") if shutil.which(p) is None]
+        return f"{missing[0]} is not installed (Debian packages qemu-utils, qemu-system-common)" if missing else ""
+
+    def start_with(self, arguments: list[str], top: str) -> None:
+        """Start both; the block device *top* is exported."""
+        second, sock = self.directory / "second", self.directory / "sock"
+        self.run(
+            ["qemu-nbd", "-f", "raw", "-k", str(second), "-e", "8", "-t", "--cache=writeback", "--aio=threads",
+             str(self.backing_file("bob.img"))], second,
+        )  # fmt: skip
+        self.run(
+            ["qemu-storage-daemon",
+             "--blockdev", f"driver=file,node-name=here,filename={self.backing_file('alice.img')},cache.direct=off",
+             "--blockdev", f"driver=nbd,node-name=there,server.type=unix,server.path={second}",
+             *arguments,
+             "--nbd-server", f"addr.type=unix,addr.path={sock},max-connections=8",
+             "--export", f"type=nbd,id=export,node-name={top},name=disk,writable=on"], sock,
+        )  # fmt: skip
+        self.uri = f"nbd+unix:///disk?socket={sock}"
+
+
+class QemuQuorum(_QemuMirror):
+    """qemu's quorum driver over both copies: a write is answered when both have it, a read comes from the first."""
+
+    name = "qemu-quorum"
+    title = "qemu quorum of file and NBD"
+
+    def start(self) -> None:
+        quorum = "driver=quorum,node-name=both,children.0=here,children.1=there,vote-threshold=2,read-pattern=fifo"
+        self.start_with(["--blockdev", quorum], "both")
+
+
+class QemuBlockdevMirror(_QemuMirror):
+    """qemu's mirror job with copy-mode=write-blocking, in its steady state."""
+
+    name = "qemu-mirror"
+    title = "qemu blockdev-mirror, write-blocking"
+
+    def start(self) -> None:
+        qmp = self.directory / "qmp"
+        self.start_with(
+            ["--chardev", f"socket,id=qmp,path={qmp},server=on,wait=off", "--monitor", "chardev=qmp"], "here"
+        )
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.stack.callback(sock.close)
+        sock.settimeout(QMP_S)
+        sock.connect(str(qmp))
+        lines = sock.makefile("r", encoding="utf-8")
+        self.stack.callback(lines.close)
+        job = {"job-id": "mirror", "device": "here", "target": "there", "sync": "full", "copy-mode": "write-blocking"}
+        for command in ({"execute": "qmp_capabilities"}, {"execute": "blockdev-mirror", "arguments": job}):
+            sock.sendall(json.dumps(command).encode() + b"\n")
+        try:
+            for line in lines:
+                said = json.loads(line)
+                if "error" in said:
+                    raise BenchError(f"blockdev-mirror: {said['error']['desc']}")
+                if said.get("event") == "BLOCK_JOB_READY":
+                    return
+        except TimeoutError:
+            pass
+        raise BenchError("blockdev-mirror was not ready in time")
+
+
+class Gluster(System):
+    """A GlusterFS volume with two bricks on this machine, reached without a mount by fio's gfapi engine."""
+
+    name = "gluster"
+    title = "GlusterFS replica 2, gfapi"
+    is_replicated = True
+
+    @classmethod
+    def unavailable(cls) -> str:
+        if shutil.which("glusterd") is None:
+            return "glusterd is not installed (Debian package glusterfs-server)"
+        if os.geteuid() != 0:
+            return "glusterd needs root"
+        engines = subprocess.run(["fio", "--enghelp"], capture_output=True, text=True, check=False).stdout
+        return "" if "gfapi" in engines.split() else "this fio has no gfapi engine"
+
+    def start(self) -> None:
+        work, log = self.directory / "glusterd", self.directory / "log"
+        (self.directory / "glusterd.vol").write_text(
+            "volume management\n type mgmt/glusterd\n"
+            f" option working-directory {work}\n option run-directory {self.directory}\n"
+            " option transport-type socket\n"
+            f" option glusterd-sockfile {self.directory}/glusterd.socket\nend-volume\n", encoding="utf-8",
+        )  # fmt: skip
+        work.mkdir()
+        self.run(
+            ["glusterd", "-N", "-f", str(self.directory / "glusterd.vol"), "-l", str(log), "-p",
+             str(self.directory / "pid")], self.directory / "glusterd.socket",
+        )  # fmt: skip
+        self.stack.callback(self._stop_bricks)
+        bricks = [f"{os.uname().nodename}:{self.directory}/brick{i}" for i in (1, 2)]
+        self.gluster("volume", "create", "bench", "replica", "2", *bricks, "force")
+        self.gluster("volume", "start", "bench")
+        self.pids += self._bricks()
+        with open(self.directory / "log", "ab") as out:
+            made = subprocess.run(
+                ["fio", "--name=make", *self.engine, "--rw=write", "--bs=1m", f"--size={self.size}"],
+                stdout=out, stderr=out, timeout=600, check=False,
+            )  # fmt: skip
+        if made.returncode:
+            raise BenchError(f"fio cannot write to GlusterFS: {last_line(self.directory / 'log')}")
+
+    @property
+    def engine(self) -> list[str]:
+        return ["--ioengine=gfapi_async", "--volume=bench", "--brick=127.0.0.1", "--filename=disk"]
+
+    def gluster(self, *words: str) -> None:
+        socket_option = f"--glusterd-sock={self.directory}/glusterd.socket"
+        command = ["gluster", "--mode=script", socket_option, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QMP_S, check=False)
+        if done.returncode:
+            raise BenchError(f"gluster {' '.join(words[:2])}: {(done.stderr or done.stdout).strip()}")
+
+    def _bricks(self) -> list[int]:
+        """The pids of the brick servers, which glusterd has started."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[0].endswith(b"glusterfsd") and any(str(self.directory).encode() in w for w in words):
+                    found.append(int(entry.name))
+        return found
+
+    def _stop_bricks(self) -> None:
+        with contextlib.suppress(BenchError, subprocess.TimeoutExpired):
+            self.gluster("volume", "stop", "bench", "force")
+        for pid in self._bricks():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+
+
+ALL: Final[tuple[type[System], ...]] = (
+    NbdkitFile, QemuNbd, NbdServer, Tandem, TandemInNbdkit, QemuQuorum, QemuBlockdevMirror, Gluster,
+)  # fmt: skip
