@@ -42,7 +42,7 @@ class Commands:
             "outdate": self._outdate, "pause-sync": self._pause_sync, "resume-sync": self._resume_sync,
             "suspend-io": self._suspend_io, "resume-io": self._resume_io,
             "new-current-uuid": self._new_current_uuid, "resize": self._resize, "verify": self._verify,
-            "down": self._down,
+            "write-bitmap": self._write_bitmap, "down": self._down,
         }  # fmt: skip
 
     def run(self, command: Command) -> None:
@@ -437,6 +437,13 @@ class Commands:
             why="initial sync skipped",
         )  # fmt: skip
         yield self._durable(vol)
+
+    def _write_bitmap(self, command: Command) -> Story:
+        """The bitmap on disk becomes what it is in memory, for whoever reads it there."""
+        for vol in self._volumes(command):
+            if vol.attached and vol.meta is not None:
+                yield lambda resume, v=vol: v.meta.write_changed(resume)  # type: ignore[misc]
+        return None
 
     def _verify(self, command: Command) -> Story:
         start, stop = int(command.args.get("start", 0)), int(command.args.get("stop", 0))

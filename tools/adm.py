@@ -14,13 +14,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from . import adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait, drbd_names, proc_drbd
+from . import (
+    adm_live,
+    adm_meta,
+    adm_nbd,
+    adm_query,
+    adm_script,
+    adm_up,
+    adm_wait,
+    drbd_names,
+    proc_drbd,
+    split_brain,
+)
 from .adm_session import DaemonError, General, NotRunning, Quit, Session, Target, complain, say
 from .adm_verbs import VERBS, Option, Verb, check_scope, dry_lines
 from .paths import PathError
 
 COMMANDS: Final = (  # each fills VERBS
     adm_live, adm_meta, adm_nbd, adm_query, adm_script, adm_up, adm_wait, drbd_names, proc_drbd,
+    split_brain,
 )  # fmt: skip
 
 EXIT_USAGE: Final = 1
@@ -192,7 +204,7 @@ def _one(verb: Verb, session: Session, target: Target, given: dict[str, Any]) ->
 _PRINTS_ONLY: Final = frozenset(
     (
         "role", "cstate", "dstate", "get-gi", "show-gi", "sh-resource", "sh-dev", "sh-minor", "sh-ll-dev",
-        "sh-md-dev", "sh-md-idx", "sh-ip", "sh-lr-of", "sh-udev", "sh-status",
+        "sh-md-dev", "sh-md-idx", "sh-ip", "sh-lr-of", "sh-udev", "sh-status", "split-brain", "sh-split-brain",
     )
 )  # fmt: skip
 

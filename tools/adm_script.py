@@ -6,8 +6,10 @@ daemon, except `sh-status` and `sh-b-pri`.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -196,7 +198,7 @@ HANDLERS: Final = (
 )  # fmt: skip
 
 
-def _call_handler(name: str, session: Session, target: Target) -> int:
+def call_handler(name: str, session: Session, target: Target) -> int:
     """Run a handler as the daemon would; its exit code, 0 when none is configured."""
     from tandem.repl.edge.handlers import OLD_NAMES, environment
 
@@ -215,5 +217,11 @@ def _call_handler(name: str, session: Session, target: Target) -> int:
         return 20
 
 
+def called_as_drbdadm() -> bool:
+    """Was this program started under the name by which kernels call handlers?"""
+    return os.path.basename(sys.argv[0]) == "drbdadm"
+
+
 for _name in HANDLERS:
-    verb(_name, "Run this handler.", scope="volume", hidden=True)(partial(_call_handler, _name))
+    if _name != "split-brain":  # this name is also a command of ours, which asks `called_as_drbdadm`
+        verb(_name, "Run this handler.", scope="volume", hidden=True)(partial(call_handler, _name))

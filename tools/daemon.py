@@ -35,6 +35,7 @@ from .adm_hints import hint
 from .conf import check
 from .control import ControlServer, Done, refusal_answer
 from .exports import DeviceError, Exports
+from .journal import Journal
 from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
 from .process import Held, hold, tell_ready, tell_starter
 from .values import Json, pack, unpack
@@ -52,7 +53,7 @@ COMMANDS: Final = frozenset(
     (
         "attach", "detach", "connect", "disconnect", "primary", "secondary", "invalidate",
         "invalidate-remote", "outdate", "pause-sync", "resume-sync", "suspend-io", "resume-io",
-        "new-current-uuid", "resize", "verify", "down",
+        "new-current-uuid", "resize", "verify", "write-bitmap", "down",
     )
 )  # fmt: skip
 
@@ -166,6 +167,9 @@ class Daemon:
         self.code = 0
         self._asked_to_end = False
         self._why_alone = ""  # why the connection was given up last
+        self.journal = Journal(
+            options.paths.journal(config.name), lambda text: log(config.name, text, "warning")
+        )
 
     # --------------------------------------------- what the control thread asks (control.Backend)
 
@@ -317,6 +321,7 @@ class Daemon:
             path = self.options.paths.control(self.config.name)
             raise StartError(f"cannot listen on {path}: {error.strerror}") from error
         log(self.config.name, f"daemon started, pid {os.getpid()}")
+        self.journal.note(self.runtime.status(), "daemon started")
 
     async def _bring_up(self) -> None:
         """What `tandemadm up` does with a daemon it has started; StartError with the first refusal."""
@@ -339,6 +344,7 @@ class Daemon:
                 log(self.config.name, f"not down after {DOWN_S:.0f} seconds, ending all the same", "warning")
         await self.runtime.stop()
         await asyncio.to_thread(self.control.stop)
+        await asyncio.to_thread(self.journal.close)
 
     def _tell_starter(self) -> None:
         tell_ready(self.options.ready_fd)
@@ -364,8 +370,10 @@ class Daemon:
                     self._why_alone = item.text.removeprefix(GOING_ALONE)
             else:
                 changed = True
+        said = [item.text for item in batch if isinstance(item, Notify)]
+        status = self.runtime.status()
+        self.journal.note(status, "; ".join(said))
         if changed:
-            status = self.runtime.status()
             if status.connection.connection == "Connected":
                 self._why_alone = LINKED
             self.control.publish(status)

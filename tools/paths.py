@@ -82,14 +82,23 @@ class NodePaths:
         return self.directory / "nbd" / f"{Path(device).name}.{kind}"
 
     def last_known(self, resource: str, volume: int) -> Path:
-        """Where offline commands remember which disk and size a volume's metadata had.
+        """Where offline commands remember which disk and size a volume's metadata had."""
+        return self.state_directory / f"{_file_name(resource)}-{volume}.lkbd"
 
-        The system's run directory is emptied at every boot, so with it the file is kept elsewhere.
-        """
-        directory = self.directory
+    def journal(self, resource: str) -> Path:
+        """Where the daemon notes when roles and generations changed."""
+        return self.state_directory / f"{_file_name(resource)}.journal"
+
+    def history(self, resource: str, node: str, generation: str) -> Path:
+        """Where the history that *node* gives up is saved unless somebody chooses another place."""
+        return self.state_directory / f"{_file_name(resource)}-{_file_name(node)}-{generation}.history"
+
+    @property
+    def state_directory(self) -> Path:
+        """What must survive a boot: the system's run directory is emptied then, so it is kept elsewhere."""
         if self.run_dir == SYSTEM_RUN_DIR:
-            directory = SYSTEM_STATE_DIR / _file_name(self.node)
-        return directory / f"{_file_name(resource)}-{volume}.lkbd"
+            return SYSTEM_STATE_DIR / _file_name(self.node)
+        return self.directory
 
     def _file(self, resource: str, kind: str) -> Path:
         return self.directory / f"{_file_name(resource)}.{kind}"
