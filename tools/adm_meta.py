@@ -62,7 +62,7 @@ def _offline(
             complain(f"Detach it first: tandemadm detach {target.resource}/{volume.number}")
             worst = max(worst, EXIT_CONFIGURED)
             continue
-        with _progress() as progress:
+        with progress_bars() as progress:
             console = meta.Console(force=force, progress=progress)
             worst = max(worst, work(_place(session, target.resource, volume), console))
         sys.stdout.flush()
@@ -70,7 +70,7 @@ def _offline(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on a terminal, made when the first work takes longer than a second."""
     shown: list[Progress] = []
 

@@ -81,6 +81,10 @@ class NodePaths:
         """A file of the keeper of ``/dev/nbdN``; *kind* is pid, log or state."""
         return self.directory / "nbd" / f"{Path(device).name}.{kind}"
 
+    def look(self, resource: str) -> Path:
+        """The NBD socket on which both histories of a split brain can be looked at."""
+        return self._file(resource, "look")
+
     def last_known(self, resource: str, volume: int) -> Path:
         """Where offline commands remember which disk and size a volume's metadata had."""
         return self.state_directory / f"{_file_name(resource)}-{volume}.lkbd"

@@ -10,8 +10,8 @@ import os
 import sys
 from typing import Final
 
-from .adm_session import Quit, Session, Target
 from .adm_script import call_handler, called_as_drbdadm
+from .adm_session import Quit, Session, Target
 from .adm_verbs import Option, verb
 
 RSH_VARIABLE: Final = "TANDEM_RSH"

@@ -6,16 +6,33 @@ sentence and an exit code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Final
 
+from .adm_meta import progress_bars
 from .adm_session import Quit, Session, Target, complain, say
-from .split_brain_node import Node, Side, SplitBrainError
-from .split_brain_report import Findings, advice, headline, is_split, own_text, relation, text_of
+from .split_brain_history import History
+from .split_brain_history import restore as rebuild
+from .split_brain_keep import Recovery, Wish
+from .split_brain_node import Answers, Node, Side, SplitBrainError
+from .split_brain_report import (
+    Findings,
+    advice,
+    headline,
+    is_split,
+    own_text,
+    relation,
+    size_text,
+    text_of,
+    when,
+)
 from .split_brain_wire import Remote, peer_command
 
 EXIT_REFUSED: Final = 11  # drbdsetup's code for a state that does not allow it
+EXIT_INTERRUPTED: Final = 130
 
 
 class PeerSilent(SplitBrainError):
@@ -111,4 +128,103 @@ def _show_own(session: Session, target: Target) -> int:
                 say(own_text(f"{target.resource}/{volume.number}", own, volume, bitmap, node.files(volume.number)))
     finally:
         node.close()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- keep
+
+
+def keep(session: Session, target: Target, node: str, place: str | None, whole: bool, rsh: str) -> int:
+    """The recovery of the whole resource; the exit code."""
+    if target.volume is not None:
+        raise Quit(1, f"--keep is for the whole resource: tandemadm split-brain {target.resource} --keep {node}")
+    paths, resource = session.paths, target.resource
+    path: Path | None = None
+    with _one_sentence(target), _both(session, resource, rsh) as (here, remote):
+        wish = Wish(
+            resource, node, None if place is None else Path(place).absolute(),
+            lambda loser, generation: paths.history(resource, loser, generation), whole,
+        )  # fmt: skip
+        try:
+            with progress_bars() as tell:
+                recovery = Recovery(wish, (here, remote), lambda _, text: say(text), tell)
+                path = recovery.run()
+        except KeyboardInterrupt:
+            complain(
+                "Interrupted. Neither history is lost; what was begun goes on, or waits for the same command again."
+            )
+            return EXIT_INTERRUPTED
+    if path is not None:
+        say(f"To have {recovery.loser_name}'s history as an image: tandemadm split-brain {resource} --restore {path}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- restore
+
+
+def restore(session: Session, target: Target, file: str, image: str | None, rsh: str) -> int:
+    """Rebuild the saved history in *file*; the exit code, 1 when the image is not exactly that history."""
+    with _one_sentence(target), ExitStack() as opened:
+        history = History(Path(file))
+        opened.callback(history.close)
+        about = history.about
+        if about.resource != target.resource:
+            raise SplitBrainError(f"{file} is a history of {about.resource}")
+        volumes = [v for v in about.volumes if target.volume in (None, v.number)]
+        if len(volumes) != 1:
+            raise SplitBrainError(
+                f"{file} has the volumes {', '.join(str(v.number) for v in about.volumes)}; name one: "
+                f"tandemadm split-brain {target.resource}/{about.volumes[0].number} --restore {file}"
+            )
+        (volume,) = volumes
+        made = Path(image if image is not None else f"{file}.img")
+        sources = [_here(session, target.resource, opened), _there(session, target.resource, rsh, opened)]
+        with progress_bars() as tell:
+            lost = rebuild(history, volume, made, sources, tell)
+    say(f"{made}: {about.resource}/{volume.number} as it was on {about.node} at {when(about.taken)}.")
+    if lost:
+        complain(
+            f"But not all of it: {size_text(lost)} lie in parts that both nodes had in common then and that have been "
+            "written since; there the image has what is in the volume now. (--keep --whole saves everything.)"
+        )
+        return 1
+    return 0
+
+
+def _here(session: Session, resource: str, opened: ExitStack) -> Callable[[], Answers]:
+    @cache
+    def source() -> Answers:
+        node = Node(session, resource)
+        opened.callback(node.close)
+        return node
+
+    return source
+
+
+def _there(session: Session, resource: str, rsh: str, opened: ExitStack) -> Callable[[], Answers]:
+    @cache
+    def source() -> Answers:
+        _, remote = opened.enter_context(_both(session, resource, rsh))
+        return remote
+
+    return source
+
+
+# ------------------------------------------------------------------------------------------- look
+
+
+def look(session: Session, target: Target, rsh: str) -> int:
+    """Both histories as read-only exports until Ctrl-C; the exit code."""
+    from . import split_brain_look
+
+    path = session.paths.look(target.resource)
+    session.paths.make()
+    with _one_sentence(target), ExitStack() as opened:
+        nodes: tuple[Answers, ...]
+        try:
+            nodes = opened.enter_context(_both(session, target.resource, rsh))
+        except PeerSilent as error:
+            complain(f"{target}: {error}")
+            nodes = (_here(session, target.resource, opened)(),)
+        split_brain_look.run(path, target.resource, nodes, say)
     return 0
