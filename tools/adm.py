@@ -115,7 +115,8 @@ class AdmGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None:
-            raise Quit(EXIT_USAGE, f"{drbd_names.called_as()}: Unknown command '{self.prefix}{args[0]}'")
+            name = drbd_names.called_as()
+            raise Quit(EXIT_USAGE, f"{name}: Unknown command '{self.prefix}{args[0]}'\nAll commands: {name} --help")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

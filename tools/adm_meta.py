@@ -29,7 +29,7 @@ EXIT_CONFIGURED: Final = 20  # drbdmeta's code for a minor that is in use
 Work = Callable[["meta.Target", "meta.Console"], int]
 
 
-def _place(session: Session, resource: str, volume: VolumeConfig) -> meta.Target:
+def place_of_metadata(session: Session, resource: str, volume: VolumeConfig) -> meta.Target:
     """Where the metadata of *volume* lies; Quit when it has no disk on this node."""
     from . import meta
 
@@ -64,7 +64,7 @@ def _offline(
             continue
         with progress_bars() as progress:
             console = meta.Console(force=force, progress=progress)
-            worst = max(worst, work(_place(session, target.resource, volume), console))
+            worst = max(worst, work(place_of_metadata(session, target.resource, volume), console))
         sys.stdout.flush()
     return worst
 

@@ -6,10 +6,8 @@ daemon, except `sh-status` and `sh-b-pri`.
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -217,11 +215,6 @@ def call_handler(name: str, session: Session, target: Target) -> int:
         return 20
 
 
-def called_as_drbdadm() -> bool:
-    """Was this program started under the name by which kernels call handlers?"""
-    return os.path.basename(sys.argv[0]) == "drbdadm"
-
-
 for _name in HANDLERS:
-    if _name != "split-brain":  # this name is also a command of ours, which asks `called_as_drbdadm`
+    if _name != "split-brain":  # this name is also a command of ours, which asks how we were called
         verb(_name, "Run this handler.", scope="volume", hidden=True)(partial(call_handler, _name))

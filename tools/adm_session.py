@@ -115,7 +115,7 @@ class Session:
         if name in self.configuration.ignored(self.general.node):
             return (
                 f"'{name}' ignored, since this host ({self.general.node}) is not mentioned "
-                "with an 'on' keyword."
+                "with an 'on' keyword.\nIf it goes by another name there, give that with --node or TANDEM_NODE."
             )
         return f"'{name}' not defined in your config (for this host)."
 

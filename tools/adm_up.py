@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from tandem.repl.config import ResourceConfig
+from tandem.repl.config import ResourceConfig, VolumeConfig
+from tandem.repl.errors import MetadataError, Refusal
 from tandem.repl.events import ResourceStatus
+from tandem.repl.metadata import NO_META_DISK_CODE, SHRINK_CODE
 
 from .adm_session import DaemonError, NotRunning, Session, Target, complain, say, waiting
 from .adm_verbs import Option, verb
@@ -82,10 +84,29 @@ def attach_all(session: Session, client: Client, target: Target) -> int:
     for volume in session.volumes(target):
         if volume.disk:
             one = Target(target.resource, volume.number)
-            code = session.run(client, one, "attach", obj=str(volume.minor))
-            if code:
-                return code
+            with waiting(f"{one}: attach") as tick:
+                refusal = client.command("attach", volume.number, tick=tick)
+            if refusal is not None:
+                return session.refused(_shrunk(session, one, volume, refusal), one, str(volume.minor), "attach")
     return 0
+
+
+def _shrunk(session: Session, target: Target, volume: VolumeConfig, refusal: Refusal) -> Refusal:
+    """The refusal of a disk whose metadata are missing; another one when that is so because it shrank."""
+    from tandem.repl.edge.storage import SENTENCES  # The edge is slow to import, and rarely needed.
+    from tandem.repl.edge.store import FileStore
+
+    from .adm_meta import place_of_metadata
+
+    if refusal.code != NO_META_DISK_CODE:
+        return refusal
+    try:
+        with FileStore(volume.disk, writable=False, lock=False) as store:
+            size = store.size
+    except MetadataError:
+        return refusal
+    sentence = place_of_metadata(session, target.resource, volume).shrunk_sentence(size)
+    return Refusal(SHRINK_CODE, SENTENCES[SHRINK_CODE], sentence) if sentence else refusal
 
 
 def make_connection(session: Session, client: Client, target: Target, args: dict[str, Any]) -> int:

@@ -37,7 +37,7 @@ from .control import ControlServer, Done, refusal_answer
 from .exports import DeviceError, Exports
 from .journal import Journal
 from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
-from .process import Held, hold, tell_ready, tell_starter
+from .process import Held, hold, release, tell_ready, tell_starter
 from .values import Json, pack, unpack
 
 DRAIN_S: Final = 5.0  # NBD requests that were read get this long to be answered when the daemon ends
@@ -451,8 +451,7 @@ def serve(options: Options) -> int:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(_main(options, config))
         finally:
-            os.ftruncate(pid_file, 0)
-            os.close(pid_file)
+            release(options.paths.pid(config.name), pid_file)
     except (StartError, PathError) as error:
         code = error.code if isinstance(error, StartError) else EXIT_FAILED
         log(options.resource, str(error), "error")

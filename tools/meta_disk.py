@@ -47,6 +47,19 @@ class Target:
     last_known: str = ""
 
 
+    def shrunk_sentence(self, size: int) -> str:
+        """What to say of internal metadata that are not found on a disk of now *size* bytes; empty unless it
+        was larger when it was last used."""
+        known = LastKnown.read(self.last_known) if self.kind == "internal" and self.last_known else None
+        if known is None or known.path != self.path or known.size <= size:
+            return ""
+        return (
+            f"{self.path} has shrunk from {known.size} to {size} bytes, and its meta data lay in the part that is"
+            " gone. Bring back that part with its content, if it can be brought back (an LVM volume: vgcfgrestore)."
+            " Otherwise this copy is lost: after create-md all of it is copied from the peer."
+        )
+
+
 def confirm_at_terminal(stdin: TextIO, err: TextIO) -> bool:
     """Wait for a typed `yes`; no without a terminal."""
     if not stdin.isatty():
@@ -137,6 +150,9 @@ class Disk:
         try:
             return self.find_in_place()
         except MetadataError as error:
+            shrunk = self.target.shrunk_sentence(self.store.size)
+            if shrunk:
+                raise MetadataError(shrunk, error.code, error.exit_code) from error
             if (old := self.find_moved()) is None:
                 raise
             raise MetadataError(

@@ -33,17 +33,37 @@ def hold(path: Path) -> int:
 
     Raises Held when another process has it, OSError when it cannot be made.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     deadline = time.monotonic() + LOCK_S
-    while not try_lock(fd):
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        locked = try_lock(fd)
+        if locked and _is_file(path, fd):
+            break
+        pid = os.read(fd, 32).decode(errors="replace").strip()
+        os.close(fd)
+        if locked:
+            continue  # whoever ended has removed it since: make a new one
         if time.monotonic() > deadline:
-            pid = os.read(fd, 32).decode(errors="replace").strip()
-            os.close(fd)
             raise Held(pid)
         time.sleep(0.02)
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def release(path: Path, fd: int) -> None:
+    """The end of what `hold` began. The file goes before its lock: whoever gets that looks again."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    os.close(fd)
+
+
+def _is_file(path: Path, fd: int) -> bool:
+    """Is the open file still the one that has this name?"""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def holder(path: Path) -> int | None:

@@ -10,9 +10,10 @@ import os
 import sys
 from typing import Final
 
-from .adm_script import call_handler, called_as_drbdadm
+from .adm_script import call_handler
 from .adm_session import Quit, Session, Target
 from .adm_verbs import Option, verb
+from .drbd_names import called_as
 
 RSH_VARIABLE: Final = "TANDEM_RSH"
 
@@ -32,7 +33,7 @@ def split_brain(
     session: Session, target: Target, keep: str | None, save: str | None, whole: bool, restore: str | None,
     image: str | None, look: bool, rsh: str | None,
 ) -> int:  # fmt: skip
-    if called_as_drbdadm():
+    if called_as() == "drbdadm":
         return call_handler("split-brain", session, target)
     from . import split_brain_run as run
 

@@ -22,6 +22,7 @@ from tandem.repl.bitmap import Bitmap
 
 FREE: Final = "<free space>"
 UNKNOWN: Final = "<unknown>"
+OUTSIDE: Final = "<outside of the file system>"
 ROUNDS_MAX: Final = 200  # questions to debugfs; what is not known then stays unknown
 ASK_MAX: Final = 8000  # blocks or inodes of one question: a word of a command line has 128 KiB
 TOOL_S: Final = 600.0  # a file system of many millions of files takes minutes
@@ -153,6 +154,15 @@ def _changed_ranges(changed: Bitmap, block: int, size: int, n_blocks: int) -> It
         at = changed.next_set(end)
 
 
+def _outside(changed: Bitmap, block: int, end: int) -> Owned:
+    """The changed blocks behind the last byte of the file system, *end*."""
+    at = changed.next_set(-(-end // block))
+    while at >= 0:
+        stop = changed.next_clear(at)
+        yield OUTSIDE, at * block, stop * block
+        at = changed.next_set(stop)
+
+
 def _numbers(pattern: str, text: str) -> int:
     found = re.search(pattern, text, re.MULTILINE)
     if found is None:
@@ -173,6 +183,7 @@ _EXTENT: Final = re.compile(r"\([^)]*\):(\d+)(?:-(\d+))?")
 def _ext4(device: str, changed: Bitmap, block: int) -> Owned:
     about = _run(["dumpe2fs", device])
     size, n_blocks = _numbers(r"^Block size: +(\d+)", about), _numbers(r"^Block count: +(\d+)", about)
+    yield from _outside(changed, block, size * n_blocks)
     left = _Ranges(_changed_ranges(changed, block, size, n_blocks))
     for name, low, high in _known_places(about):
         for a, b in left.take(low, high):
@@ -247,6 +258,7 @@ def _xfs(device: str, head: bytes, changed: Bitmap, block: int) -> Owned:
     """The superblock has big-endian sb_blocksize, sb_dblocks at 4 and sb_agblocks at 84 (xfs_format.h)."""
     size, n_blocks = struct.unpack_from(">IQ", head, 4)
     (per_group,) = struct.unpack_from(">I", head, 84)
+    yield from _outside(changed, block, size * n_blocks)
     script = ["blockget -n"]
     for first, end in _changed_ranges(changed, block, size, n_blocks):
         while first < end:

@@ -42,7 +42,7 @@ def test_from_nothing_to_a_mirror_and_back() -> None:
         for node in ("alpha", "beta"):
             assert pair.ok(node, "down", "r0") == ""
             assert pair.ok(node, "status") == "# No currently configured DRBD found.\n"
-            assert not pair.path(node, "ctl").exists() and not pair.path(node, "nbd").exists()
+            assert not any(pair.path(node, kind).exists() for kind in ("ctl", "nbd", "pid"))
         assert pair.ok("beta", "get-gi", "r0").split(":")[4:6] == ["1", "1"]
         assert pair.ok("beta", "dstate", "r0") in ("UpToDate\n", "Consistent\n")
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.adm_pair import PATIENCE, Pair, is_process, wait_until
+from tests.adm_pair import DISK_SIZE, PATIENCE, Pair, is_process, wait_until
 
 
 @pytest.fixture
@@ -37,6 +37,19 @@ def test_without_metadata_up_says_create_md(pair: Pair) -> None:
     assert pair.adm("alpha", "create-md", "r0").code == 0
     assert pair.ok("alpha", "up", "r0") == ""
     assert pair.ok("alpha", "cstate", "r0") == "WFConnection\n"
+
+
+def test_a_disk_that_shrank_is_said_to_have_shrunk(pair: Pair) -> None:
+    pair.create()
+    os.truncate(pair.dir / "a.img", DISK_SIZE - (4 << 20))
+    result = pair.adm("alpha", "up", "r0")
+    assert result.code == 1
+    first, advice = sentences(result.err)
+    assert first == "0: Failure: (170) Implicit device shrinking not allowed. See kernel log."
+    assert f"a.img has shrunk from {DISK_SIZE} to {DISK_SIZE - (4 << 20)} bytes" in advice
+    assert "this copy is lost" in advice and "119" not in result.err
+    pair.ok("alpha", "down", "r0")
+    assert "has shrunk from" in pair.adm("alpha", "get-gi", "r0").err
 
 
 def test_a_disk_that_is_not_there(pair: Pair) -> None:

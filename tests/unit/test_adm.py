@@ -75,7 +75,7 @@ def test_no_command(tool: Adm) -> None:
 
 def test_unknown_command(tool: Adm) -> None:
     assert tool("foo", "r0") == 1
-    assert tool.err == "tandemadm: Unknown command 'foo'\n"
+    assert tool.err == "tandemadm: Unknown command 'foo'\nAll commands: tandemadm --help\n"
 
 
 def test_no_resource_names(tool: Adm) -> None:
@@ -100,6 +100,7 @@ def test_ignored_on_this_host(tool: Adm) -> None:
     assert tool("sh-dev", "elsewhere") == 1
     assert tool.err == (
         "'elsewhere' ignored, since this host (alpha) is not mentioned with an 'on' keyword.\n"
+        "If it goes by another name there, give that with --node or TANDEM_NODE.\n"
     )
 
 
