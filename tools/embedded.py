@@ -23,6 +23,7 @@ from tandem.repl.edge.volume import Volume
 from .daemon import Daemon, Options, StartError, configured, hold_pid_file
 from .exports import export_name
 from .paths import PathError
+from .process import release
 
 T = TypeVar("T")
 
@@ -109,8 +110,7 @@ class EmbeddedNode:
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            os.ftruncate(self._pid_file, 0)
-            os.close(self._pid_file)
+            release(self.options.paths.pid(self.config.name), self._pid_file)
             self._ended()
 
     async def _main(self) -> None:
