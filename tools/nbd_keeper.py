@@ -154,6 +154,9 @@ class Keeper:
         except OSError as error:
             nbd_device.remove_link(attachment.name, self.index)
             raise NbdError(f"{attachment.device} cannot be connected: {error.strerror}; see dmesg") from error
+        if nbd_device.backend(self.index) != attachment.backend:
+            nbd_device.release(self._netlink, attachment.name, self.index)
+            raise NbdError("the nbd driver of this kernel does not remember its backend; Linux 5.15 or newer is needed")
         self._live = opened
         nbd_device.make_node(self.index)
 
@@ -198,24 +201,27 @@ class Keeper:
 
     def _repair(self) -> float | None:
         """Hand over sockets for all connections that died; None when all live, else seconds to wait."""
-        links = self._netlink.dead_links()
-        if links is None or self.index in links:
-            self._n_hints = HINTS
-        self._check_connected()
-        dead = [one for one in self._live if one.is_dead]
-        self._live = [one for one in self._live if one not in dead]
-        self._dead += dead
-        self._n_vacant += len(dead)
         try:
+            self._check_connected()
+            self._look()
             self._fill()
         except (Unavailable, _NotYet, OSError) as error:
-            self._check_connected()
             self._tell(CONNECTED if self._live else WAITING, str(error))
             again_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MAX_S)
             return again_s
         self._retry_s = RETRY_FIRST_S
         self._tell(CONNECTED, "")
         return None
+
+    def _look(self) -> None:
+        """See which connections have died, and hear of those that an earlier keeper handed over."""
+        links = self._netlink.dead_links()
+        if links is None or self.index in links:
+            self._n_hints = HINTS
+        dead = [one for one in self._live if one.is_dead]
+        self._live = [one for one in self._live if one not in dead]
+        self._dead += dead
+        self._n_vacant += len(dead)
 
     def _check_connected(self) -> None:
         connected = self._netlink.connected().get(self.index)

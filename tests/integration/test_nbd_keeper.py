@@ -80,6 +80,9 @@ class Driver(NbdNetlink):
         return {0}
 
     def disconnect(self, index: int) -> None:
+        for sock in self.slots:
+            sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
         self.slots.clear()
         (self._sys / "backend").unlink()
 
@@ -276,11 +279,7 @@ def test_a_device_that_somebody_disconnects_ends_its_keeper(
     kept = Kept(driver, places(nodes), directory / "state")
     driver.kill(0, 1)
     driver.all_live()
-    sockets = list(driver.slots)
     driver.disconnect(0)
-    for sock in sockets:
-        sock.shutdown(socket.SHUT_RDWR)
-        sock.close()
     kept.thread.join(PATIENCE_S)
     assert kept.stop() == "/dev/nbd0 was disconnected by another program"
     assert not nbd_device.link_of("r0").is_symlink()
@@ -291,6 +290,16 @@ def test_a_busy_device_is_left_alone(driver: Driver, nodes: list[Serving], direc
     keeper = Keeper(Attachment("r7", "/dev/nbd0", tuple(places(nodes)), 2, 2, 99), driver, directory / "other")
     with pytest.raises(NbdError, match="/dev/nbd0 is busy: it shows r0"):
         keeper.begin()
+
+
+def test_a_driver_that_is_too_old(
+    driver: Driver, nodes: list[Serving], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_device, "backend", lambda index: "")
+    keeper = Keeper(Attachment("r0", "/dev/nbd0", tuple(places(nodes)), 2, 2, 99), driver, directory / "state")
+    with pytest.raises(NbdError, match=r"Linux 5\.15"):
+        keeper.begin()
+    assert not driver.slots and not nbd_device.link_of("r0").is_symlink()
 
 
 def test_no_primary_at_all(driver: Driver, nodes: list[Serving], directory: Path) -> None:

@@ -58,13 +58,22 @@ class BlockHost:
 
     def adm(self, *words: str, check: bool = True) -> Ran:
         """`tandemadm` in the guest."""
-        return self.guest.run(*program("tandemadm"), *CLIENT, *words, check=check)
+        return self.guest.run(*self.command(*words), check=check)
+
+    @staticmethod
+    def command(*words: str) -> list[str]:
+        return [*program("tandemadm"), *CLIENT, *words]
+
+    @property
+    def port(self) -> str:
+        """The one that alice offers the volume on."""
+        return self.alice.device.rpartition(":")[2].partition("/")[0]
 
     def attach(self, *options: str) -> None:
         self.adm("nbd", "attach", *options, "--timeout", str(TIMEOUT_S), "r0", DEVICE)
 
     def spawn_foreground(self) -> None:
-        self.guest.spawn(*program("tandemadm"), *CLIENT, "nbd", "attach", "--foreground", "r0", DEVICE)
+        self.guest.spawn(*self.command("nbd", "attach", "--foreground", "r0", DEVICE))
 
     def listed(self) -> str:
         return self.adm("nbd", "list").out

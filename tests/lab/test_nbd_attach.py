@@ -10,6 +10,7 @@ import pytest
 from tandem.tools.demo_pair import Node, first_difference, usable_size
 
 from .block_host import DEVICE, BlockHost
+from .uml import HOST_LAN
 
 N_RESTARTS: Final = 20
 N_FAILOVERS: Final = 5
@@ -191,13 +192,19 @@ def test_sentences(attached: BlockHost) -> None:
         assert (ran.rc, part in ran.err, ran.err.count("\n")) == (code, True, 1), ran
 
     guest = attached.guest
+    by_client = f"{HOST_LAN} {attached.port} /dev/nbd5 -name r0"
+    guest.sh(f"nbd-client {by_client}")
+    refused(20, "was connected by another program", "attach", "r0", "/dev/nbd5")
+    refused(20, "not attached with", "detach", "/dev/nbd5")
+    guest.sh("nbd-client -d /dev/nbd5")
+    nobody = guest.run("setpriv", "--reuid=65534", *attached.command("nbd", "attach", "r0", DEVICE), check=False)
+    assert nobody.rc == 20 and nobody.err == "only root can work with /dev/nbd devices; use sudo.\n", nobody
     again = attached.adm("nbd", "attach", "r0", DEVICE)
     assert again.out == "r0 is /dev/nbd0 already\n"
     refused(20, "by-res/r0 is /dev/nbd0 already", "attach", "r0", "/dev/nbd1")
     refused(1, "not an nbd device", "attach", "r0", "/dev/sda")
     refused(1, "'r7' not defined", "attach", "r7", "/dev/nbd1")
     refused(1, "r7 is not attached", "detach", "r7")
-    refused(20, "not attached with", "detach", "/dev/nbd3")
     guest.sh(f"mkfs.ext4 -q {DEVICE} && mount {DEVICE} /mnt")
     refused(20, "is in use", "detach", DEVICE)
     guest.sh("umount /mnt")

@@ -18,8 +18,7 @@ MAKE = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q -f"}
 @pytest.fixture
 def device(block_host: BlockHost) -> Iterator[BlockHost]:
     """The guest with the resource connected to /dev/nbd0 by nbd-client, as its manual says."""
-    port = block_host.alice.device.rpartition(":")[2].partition("/")[0]
-    block_host.guest.sh(f"nbd-client {HOST_LAN} {port} {DEVICE} -name r0 -connections 2")
+    block_host.guest.sh(f"nbd-client {HOST_LAN} {block_host.port} {DEVICE} -name r0 -connections 2")
     yield block_host
     block_host.guest.sh(f"umount /mnt; nbd-client -d {DEVICE}", check=False)
 
