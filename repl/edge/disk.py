@@ -23,8 +23,8 @@ from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
 INLINE_BYTES_MAX: Final = 8 << 20  # per batch; at memory speed about a millisecond, the rest goes to workers
-SHORT_BYTES_MAX: Final = 16 << 10  # of a write that is carried out without looking for neighbours …
-SHORT_WRITES_MAX: Final = 128  # … and how many of them, which together are no more than any other batch
+SHORT_BYTES_MAX: Final = 16 << 10  # of an operation that is carried out without looking for neighbours …
+SHORT_OPS_MAX: Final = 128  # … and how many of them, which together are no more than any other batch
 SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
 WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
 HOLD_FACTOR: Final = 10  # then its calls stay away from the loop for this many times as long as it waited
@@ -73,6 +73,7 @@ class Disk:
         self._sync_workers = Workers(f"{name}-sync", N_SYNC_THREADS, ended)
         self._volumes: dict[int, OpenVolume] = {}
         self.backlog = 0  # bytes of operations in workers
+        self.n_out = 0  # operations in workers
 
     # ------------------------------------------------------------------------------ open volumes
 
@@ -117,7 +118,7 @@ class Disk:
     def start(self, ops: list[DiskOp]) -> list[DiskOp]:
         """Start every operation; returns those that are complete already, in no particular order."""
         n = len(ops)
-        at = self._write_inline(ops)
+        at = self._short_inline(ops)
         if at == n:
             return ops
         done = ops[:at]
@@ -177,9 +178,9 @@ class Disk:
             self._start_durable(volume, volume.meta if key & 1 else volume.data, runs)
         return done
 
-    def _write_inline(self, ops: list[DiskOp]) -> int:
-        """The usual batch: short writes that do not touch each other. Carries out those that *ops* begins with
-        as long as nothing about them is unusual, and returns how many; the rest is for the long path."""
+    def _short_inline(self, ops: list[DiskOp]) -> int:
+        """The usual batch: short reads and writes that do not touch each other. Carries out those that *ops* begins
+        with as long as nothing about them is unusual, and returns how many; the rest is for the long path."""
         number, now = ops[0].volume, time.monotonic()
         device = self._volumes[number].data
         if (
@@ -187,23 +188,29 @@ class Disk:
             or (len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length)
         ):  # fmt: skip
             return 0
-        pwrite, clock, fd, count, end = os.pwrite, time.monotonic, device.fd, 0, -1
+        pwrite, preadv, clock, fd, count, end = os.pwrite, os.preadv, time.monotonic, device.fd, 0, -1
         for op in ops:
             offset, length = op.offset, op.length
             if (
-                op.op != WRITE or op.flags or op.area or length > SHORT_BYTES_MAX or offset == end
-                or op.volume != number or count == SHORT_WRITES_MAX
+                op.op > WRITE or op.flags or op.area or length > SHORT_BYTES_MAX or offset == end
+                or op.volume != number or count == SHORT_OPS_MAX
             ):  # fmt: skip
                 break
             end = offset + length
             try:
-                if pwrite(fd, op.payload, offset) != length:  # type: ignore[arg-type]  # a write has one
-                    break
+                if op.op == WRITE:
+                    if pwrite(fd, op.payload, offset) != length:  # type: ignore[arg-type]  # a write has one
+                        break
+                else:
+                    buffer = bytearray(length)
+                    if not device.nowait or preadv(fd, (buffer,), offset, os.RWF_NOWAIT) != length:
+                        break
+                    op.payload = buffer
             except OSError:
                 break  # the long path finds out what to do about it
             count += 1
             began, now = now, clock()
-            if now - began > SLOW_S:
+            if now - began > SLOW_S and op.op == WRITE:
                 device.watched_until = now + WATCH_S
                 break
         return count
@@ -252,6 +259,7 @@ class Disk:
 
     def _count(self, volume: OpenVolume, ops: list[DiskOp]) -> None:
         volume.n_inflight += len(ops)
+        self.n_out += len(ops)
         self.backlog += sum(op.length for op in ops if op.op <= WRITE)
 
     def _collected(self, results: list[Ended]) -> None:
@@ -260,6 +268,7 @@ class Disk:
         for volume, ops in results:
             done += ops
             self._let_go(volume, len(ops))
+        self.n_out -= len(done)
         self.backlog -= sum(op.length for op in done if op.op <= WRITE)
         self._completed(done)
 

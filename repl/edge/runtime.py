@@ -280,7 +280,8 @@ class Runtime:
         if disk.backlog or self._disk_full:
             self._watch_disk()
         self._look_soon()
-        self._vigil.watch(n_ops)
+        if not disk.n_out:  # a worker needs the interpreter to end, and takes longer than it is worth waiting
+            self._vigil.watch(n_ops)
 
     def _publish(self) -> None:
         """Tell subscribers the news of this wake-up; of several state changes they hear once."""

@@ -108,6 +108,24 @@ def test_writes_and_cached_reads_complete_inline(path: Path) -> None:
     on_loop(test, path)
 
 
+def test_a_mixed_batch_is_carried_out_whatever_path_each_operation_takes(path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        os.pwrite(bench.fd, bytes(range(256)) * 512, 8 * MIB)
+        ops = [
+            write(0, b"a" * 4096), read(8 * MIB, 4096), write(65536, b"b" * 512), write(66048, b"c" * 512),
+            write(1 * MIB, b"d" * 65536), read(8 * MIB + 512, 512), write(4096, b"e" * 4096, FUA),
+            write(2 * MIB, b"f" * 512), read(0, 4096),
+        ]  # fmt: skip
+        await bench.all_of(ops[:-1])
+        await bench.all_of(ops[-1:])
+        assert [op.error for op in ops] == [0] * len(ops)
+        for op in ops:
+            assert bytes(op.payload or b"") == bench.content(op.offset, op.length), op
+        assert bench.disk.n_out == bench.disk.backlog == 0
+
+    on_loop(test, path)
+
+
 def test_adjacent_operations_become_one_call(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     real, real_one = os.pwritev, os.pwrite
