@@ -97,6 +97,8 @@ def add_options(world: World, options: list[Option]) -> None:
             options.append((0.5, command, (node, "primary")))
         if node.state().conn is C.STAND_ALONE:
             options.append((0.5, command, (node, "connect")))
+            if not node.primary and brain_is_split(world):
+                options.append((0.5, give_in, (node,)))
         for v in range(world.mix.n_volumes):
             s = node.state(v)
             if s.disk is D.DISKLESS and not node.attaches:
@@ -169,6 +171,17 @@ def behind(world: World, node: Node, volume: int) -> bool:
         return True
     own, other = (super_at(n.disks[volume].devices[META].live, n.layouts[volume]) for n in (node, peer))
     return other.bitmap != 0 or own.current & ~1 != other.current & ~1
+
+
+def brain_is_split(world: World) -> bool:
+    """Does each copy of a volume lack answered writes that the other has?"""
+    return any(all(copy.lacks for copy in ledger.copies) for ledger in world.ledgers)
+
+
+def give_in(node: Node) -> None:
+    """The operator decides against this node's changes."""
+    node.world.discard(node)
+    node.command("connect", discard_my_data=True)
 
 
 def command(node: Node, name: str, volume: int | None = None) -> None:

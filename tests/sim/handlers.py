@@ -6,6 +6,7 @@ it, or says that the peer is Primary or cannot be reached.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tandem.repl.config import Fencing
@@ -18,15 +19,30 @@ if TYPE_CHECKING:
     from .node import Node
     from .world import World
 
+PEER_INCONSISTENT = 3
 PEER_OUTDATED = 4
 PEER_UNREACHABLE = 5
 PEER_IS_PRIMARY = 6
 PEER_SHOT = 7
 BROKEN = 1
+OUT_OF_TIME = 20  # what the daemon says of a handler it had to kill
+PEER_IS_OUT = (PEER_INCONSISTENT, PEER_OUTDATED, PEER_UNREACHABLE, PEER_SHOT)
+
+
+@dataclass(slots=True)
+class Running:
+    """A handler that has been started. *code* is None until it has done its work."""
+
+    effect: RunHandler
+    n_meetings: int  # how often the nodes had met when it was started
+    code: int | None = None
 
 
 def run(world: World, node: Node, effect: RunHandler) -> int:
     """The exit code of the handler, after it has done its work."""
+    if effect.name in ("pri-lost", "pri-lost-after-sb"):
+        world.note(node, "reboots at once, as its handler says")
+        world.crash(node, power=True)
     if effect.name != "fence-peer":
         return 0
     if world.troubled and world.mix.lying_handler and world.chance(4):
@@ -41,8 +57,11 @@ def _fence(world: World, node: Node) -> int:
         return PEER_IS_PRIMARY if peer.primary else BROKEN  # a cluster manager remembers who was Primary last
     if peer.engine is None:
         return PEER_UNREACHABLE
-    if peer.primary and not peer.state().susp_fen:
+    shoots = stonith and world.mix.two_primaries
+    if peer.primary and not peer.state().susp_fen and not shoots:
         return PEER_IS_PRIMARY
+    if not peer.primary and all(peer.state(v).disk is DiskState.INCONSISTENT for v in range(world.mix.n_volumes)):
+        return PEER_INCONSISTENT
     if any(peer.good_disk(v) and not node.good_disk(v) for v in range(world.mix.n_volumes)):
         return BROKEN  # the peer knows that its data is good, we do not: no agent would sacrifice it
     if stonith and (peer.primary or world.chance(3)):

@@ -27,6 +27,20 @@ MIB: Final = 1 << 20
 LARGE: Final = 292 * MIB  # more extents than the smallest activity log has slots
 
 
+SB_0PRI: Final = (
+    AfterSb.DISCONNECT, AfterSb.DISCONNECT, AfterSb.DISCONNECT, AfterSb.DISCARD_ZERO_CHANGES,
+    AfterSb.DISCARD_LEAST_CHANGES, AfterSb.DISCARD_YOUNGER_PRIMARY, AfterSb.DISCARD_OLDER_PRIMARY,
+    AfterSb.DISCARD_LOCAL,
+)  # fmt: skip
+SB_1PRI: Final = (
+    AfterSb.DISCONNECT, AfterSb.DISCONNECT, AfterSb.CONSENSUS, AfterSb.DISCARD_SECONDARY,
+    AfterSb.VIOLENTLY_AS0P, AfterSb.CALL_PRI_LOST_AFTER_SB,
+)  # fmt: skip
+SB_2PRI: Final = (
+    AfterSb.DISCONNECT, AfterSb.DISCONNECT, AfterSb.VIOLENTLY_AS0P, AfterSb.CALL_PRI_LOST_AFTER_SB,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Mix:
     """Weights are relative to the 10 of ordinary progress; 0 switches a thing off."""
@@ -47,7 +61,8 @@ class Mix:
     use_rle: bool = True
     on_io_error: str = "detach"
     on_no_data: str = "io-error"
-    sb_policy: AfterSb = AfterSb.DISCONNECT
+    after_sb: tuple[AfterSb, AfterSb, AfterSb] = (AfterSb.DISCONNECT,) * 3  # with 0, 1 and 2 Primaries
+    rr_conflict: str = "disconnect"
     max_epoch_size: int = 2048
     c_plan_ahead: int = 20
     # the application
@@ -71,6 +86,7 @@ class Mix:
     half_dead: float = 0.0  # one direction of a socket dies silently
     crash_in_attach: bool = False
     lying_handler: bool = False  # the fence handler fails now and then
+    slow_handler: bool = False  # between what a handler does and its exit anything may happen
     reboot: float = 1.0
     reconnect: float = 4.0
 
@@ -90,7 +106,7 @@ def draw(chooser: Chooser) -> Mix:
 
     mix = Mix(
         steps=(100, 160, 240, 360)[chooser.choose(4)],
-        size=(2 * MIB, 2 * MIB, 9 * MIB, LARGE)[chooser.choose(4)],
+        size=(2 * MIB, 2 * MIB, 2 * MIB, 2 * MIB, 9 * MIB, 9 * MIB, 9 * MIB, LARGE)[chooser.choose(8)],
         n_volumes=2 if rarely(6) else 1,
         external=rarely(5),
         fresh=rarely(8),
@@ -105,7 +121,13 @@ def draw(chooser: Chooser) -> Mix:
         use_rle=not rarely(4),
         on_io_error="pass_on" if rarely(6) else "detach",
         on_no_data="suspend-io" if rarely(5) else "io-error",
-        sb_policy=(AfterSb.DISCONNECT, AfterSb.DISCONNECT, AfterSb.DISCARD_ZERO_CHANGES)[chooser.choose(3)],
+        after_sb=(
+            SB_0PRI[chooser.choose(len(SB_0PRI))],
+            SB_1PRI[chooser.choose(len(SB_1PRI))],
+            SB_2PRI[chooser.choose(len(SB_2PRI))],
+        ),
+        rr_conflict=("disconnect", "disconnect", "call-pri-lost", "violently")[chooser.choose(4)],
+        two_primaries=rarely(5),
         max_epoch_size=(2048, 2048, 3)[chooser.choose(3)],
         c_plan_ahead=0 if rarely(4) else 20,
         queue_depth=(1, 4, 16)[chooser.choose(3)],
@@ -125,12 +147,15 @@ def draw(chooser: Chooser) -> Mix:
         half_dead=0.05 if rarely(5) else 0.0,
         crash_in_attach=rarely(3),
         lying_handler=rarely(2),
+        slow_handler=rarely(2),
         reboot=often(0.2, 1, 4),
         reconnect=often(0.5, 4),
     )
     if mix.size == LARGE:
         mix = replace(mix, n_spots=90, fresh=False)
-    if mix.fencing is Fencing.RESOURCE_AND_STONITH and mix.protocol == "A":
+    if mix.two_primaries and mix.fencing is Fencing.RESOURCE_ONLY:
+        mix = replace(mix, fencing=Fencing.RESOURCE_AND_STONITH)  # else neither would stop when the other is lost
+    if mix.two_primaries or (mix.fencing is Fencing.RESOURCE_AND_STONITH and mix.protocol == "A"):
         mix = replace(mix, protocol="C")
     return mix
 
@@ -143,12 +168,18 @@ def configuration(mix: Mix, node: int) -> ResourceConfig:
         on_io_error=mix.on_io_error,
         c_plan_ahead=mix.c_plan_ahead, resync_rate=4096 if mix.c_plan_ahead == 0 else 250,
     )  # fmt: skip
+    zero, one, two = mix.after_sb
+    if zero is AfterSb.DISCARD_LOCAL and node:  # discard-node-alpha, as each of them reads it
+        zero = AfterSb.DISCARD_REMOTE
     net = NetOptions(
-        protocol=mix.protocol, allow_two_primaries=mix.two_primaries, after_sb_0pri=mix.sb_policy,
+        protocol=mix.protocol, allow_two_primaries=mix.two_primaries,
+        after_sb_0pri=zero, after_sb_1pri=one, after_sb_2pri=two, rr_conflict=mix.rr_conflict,
         max_epoch_size=mix.max_epoch_size, data_integrity_alg=mix.integrity, csums_alg=mix.csums,
         verify_alg="crc32c" if mix.verify else "", use_rle=mix.use_rle,
     )  # fmt: skip
-    handlers = {} if mix.fencing is Fencing.DONT_CARE else {"fence-peer": "/bin/fence", "unfence-peer": "/bin/unfence"}
+    handlers = {name: f"/bin/{name}" for name in ("split-brain", "pri-lost", "pri-lost-after-sb")}
+    if mix.fencing is not Fencing.DONT_CARE:
+        handlers |= {"fence-peer": "/bin/fence", "unfence-peer": "/bin/unfence"}
     return ResourceConfig(
         name="r0",
         node=names[node],

@@ -32,6 +32,7 @@ from tandem.repl.states import ConnState, DiskState, Role, State
 from .client import Write
 from .fake_disk import SECTOR, FakeDevice, FakeDisk, FakeStore
 from .fake_link import LinkEnd
+from .handlers import Running
 from .mix import MIB, Mix
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Node:
         self.link = None
         self.connect: int | None = None  # ticket of an outstanding Connect
         self.attaches: list[Attach] = []
-        self.handlers: list[RunHandler] = []
+        self.handlers: list[Running] = []
+        self.n_meetings = 0  # how often a connection was established
         self.commands: dict[int, Command] = {}
         self.refusals: list[Refusal] = []
         self.clients = Clients()
@@ -165,7 +167,9 @@ class Node:
         command = Command(ticket, name, volume, dict(args))
         self.commands[ticket] = command
         self.world.note(self, "command", name, volume, args)
-        self.resumed |= name == "resume-io"
+        if name == "resume-io":
+            self.resumed = True
+            self.world.overruled |= self.primary and not self.connected
         self.engine.handle(command, self.world.now)
         self.pump()
         return ticket
@@ -257,7 +261,7 @@ class Node:
                     f"the disk is released with {self.disks[volume].flights} in flight"
                 )
             case RunHandler():
-                self.handlers.append(effect)
+                self.handlers.append(Running(effect, self.n_meetings))
             case Answer(ticket, refusal):
                 command = self.commands.pop(ticket, None)
                 assert command is not None, f"a second answer to command {ticket}"

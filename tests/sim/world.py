@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Command, HandlerExited, LinkLost, LinkUp
 from tandem.repl.requests import DATA, FUA, MAY_UNMAP, DiskOp, Op, Request
@@ -70,7 +71,9 @@ class World:
         self._spots = self._choose_spots()
         self._ticks_at = (0.0, 0)
         self._down: list[Node] = []
-        self.split_possible = mix.risky  # somebody did what may split the brain without the machine's fault
+        # Somebody did what may split the brain without the machine's fault; or two Primaries lose each other unfenced.
+        self.split_possible = mix.risky or (mix.two_primaries and mix.fencing is Fencing.DONT_CARE)
+        self.overruled = False  # the operator let a node go on that should have waited for fencing
         self.bits_were_left = False  # the nodes agreed that bits are set and nothing is to be done about it
         self.checks.start()
 
@@ -149,7 +152,8 @@ class World:
             if node.attaches:
                 options.append((PROGRESS, self.attach, (node,)))
             if node.handlers:
-                options.append((PROGRESS / 4, self.handler, (node,)))
+                slow = self.mix.slow_handler and node.handlers[0].code is not None
+                options.append((PROGRESS / 20 if slow else PROGRESS / 4, self.handler, (node,)))
         a, b = self.nodes
         if a.connect is not None and b.connect is not None and self.network_up:
             options.append((self.mix.reconnect, self.connect, ()))
@@ -235,13 +239,20 @@ class World:
 
     def handler(self, node: Node) -> None:
         assert node.engine is not None
-        effect = node.handlers.pop(0)
-        code = handlers.run(self, node, effect)
-        self.note(node, "handler", effect.name, effect.volume, code)
-        if node.engine is None:
-            return
-        if effect.name == "fence-peer" and code in (3, 4, 5, 7):
+        running = node.handlers[0]
+        effect, code = running.effect, running.code
+        if code is None:
+            running.code = code = handlers.run(self, node, effect)
+            self.note(node, "handler", effect.name, effect.volume, code)
+            if self.mix.slow_handler or node.engine is None:
+                return
+        elif self.troubled and self.mix.lying_handler and self.chance(8):
+            code = handlers.OUT_OF_TIME
+        node.handlers.remove(running)
+        late = running.n_meetings != node.n_meetings or node.state().conn >= ConnState.WF_REPORT_PARAMS
+        if effect.name == "fence-peer" and code in handlers.PEER_IS_OUT and not late:
             node.fenced = True
+        self.note(node, "handler ends", effect.name, code)
         node.engine.handle(HandlerExited(effect.ticket, code), self.now)
         node.pump()
 
@@ -340,6 +351,7 @@ class World:
             node.refusals.append(refusal)
         if command.name == "primary" and refusal is None:
             if command.args.get("force"):
+                self.overruled = True
                 self.checks.forced(node)
             node.closing = False
             node.open_exports()
