@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 C = ConnState
 D = DiskState
+BECOMING_TARGET: Final = frozenset((C.WF_BITMAP_T, C.WF_SYNC_UUID, C.SYNC_TARGET, C.PAUSED_SYNC_T))
 SYNCING_TARGET: Final = frozenset((C.SYNC_TARGET, C.PAUSED_SYNC_T))
 DIFFER_ALWAYS_MAX: Final = 24
 DATA_CHANGES: Final = frozenset((Op.WRITE, Op.TRIM, Op.ZEROES))
@@ -322,7 +323,8 @@ class Checks:
         reached = there or peer.index in write.reached  # a power cut may have taken it since
         if not here and not reached and self.w.mix.protocol == "C":
             self.fail("1 answers", f"{write!r} was answered, it is on no disk: {state}")
-        if not reached and (self.w.mix.protocol == "C" or not state.connected):
+        marked = reached or self._superseded(peer, write)
+        if not marked and (self.w.mix.protocol == "C" or not state.connected):
             self._check_marked(node, write, here)
         # Without waiting for the peer's disk, an answer may be given just before the connection ends in this step.
         alone = not state.connected and (self.w.mix.protocol == "C" or not self.connected_before(node, volume))
@@ -336,6 +338,13 @@ class Checks:
         lost = reached and state.disk < D.CONSISTENT
         if not there and not lost and (self.w.mix.protocol == "C" or not state.connected):
             ledger.copies[peer.index].lacks.add(write)
+
+    def _superseded(self, peer: Node, write: Write) -> bool:
+        """Does the other Primary have under way what replaces *write*? Its activity log covers both then."""
+        if not self.w.mix.two_primaries:
+            return False
+        others = [a.write for a in peer.clients.open.values() if a.write is not None and a.write.volume == write.volume]
+        return all(any(s in other.sectors for other in others) for s in write.sectors)
 
     def connected_before(self, node: Node, volume: int) -> bool:
         """Was the volume connected when this step began?"""
@@ -463,7 +472,7 @@ class Checks:
         """The nodes have met again: what each of them knows of the other's history decides."""
         node.n_meetings += 1
         ledger, state = self.w.ledgers[volume], node.state(volume)
-        if state.conn is C.WF_BITMAP_T:
+        if state.conn in BECOMING_TARGET:
             self._check_split_brain_decided(node, volume)
         good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
         if not good or any(copy.discarded for copy in ledger.copies):
