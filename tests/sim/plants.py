@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from tandem.repl import activity_log, peer, uuids
+from tandem.repl import activity_log, decision, peer, transition, uuids
 from tandem.repl.activity_log import Replay
 from tandem.repl.bitmap import Bitmap
 from tandem.repl.bitmap_exchange import BitmapReceiver
-from tandem.repl.config import Fencing
+from tandem.repl.config import AfterSb, Fencing
+from tandem.repl.conflicts import Conflicts
 from tandem.repl.engine import Engine
+from tandem.repl.fencing import FencingRoom
 from tandem.repl.intervals import Intervals, Lock
 from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
@@ -318,6 +320,98 @@ def _fua_not_passed_on(mp: Patch) -> None:
     mp.setattr(Engine, "take", take)
 
 
+def _late_answer_counts(mp: Patch) -> None:
+    """What fence-peer says counts, whatever has happened since it was started."""
+    original = FencingRoom.fence
+
+    def fence(self: Any, then: Callable[[bool], None]) -> None:
+        if self.policy is Fencing.DONT_CARE:
+            original(self, then)
+            return
+
+        def exited(code: int) -> None:
+            self._running = False
+            then(self._outcome(code))
+
+        self._running = True
+        self.e.run_handler("fence-peer", None, exited)
+
+    mp.setattr(FencingRoom, "fence", fence)
+
+
+def _broken_handler_believed(mp: Patch) -> None:
+    """A fence handler that failed is taken for one that fenced the peer."""
+    original = FencingRoom._outcome
+    mp.setattr(FencingRoom, "_outcome", lambda self, code: original(self, code if 3 <= code <= 7 else 4))
+
+
+def _promotion_without_fencing(mp: Patch) -> None:
+    """A node that does not see its peer becomes Primary without having it fenced."""
+    mp.setattr(transition, "_ADMISSIBLE", tuple(row for row in transition._ADMISSIBLE if row.code != -7))
+
+
+def _split_brain_joined(mp: Patch) -> None:
+    """A split brain that no policy solves is solved by throwing a coin."""
+
+    def solve(f: Any, draft: Any) -> None:
+        draft.split_brain, draft.value = True, -1 if f.compare.resolver else 1
+
+    mp.setattr(decision, "_solve_split_brain", solve)
+
+
+def _policy_too_bold(mp: Patch) -> None:
+    """after-sb-1pri disconnect discards the Secondary."""
+    zero, one, two = decision._SOLVERS
+
+    def bold(f: Any) -> Any:
+        return one(replace(f, after_sb_1pri=AfterSb.DISCARD_SECONDARY) if f.after_sb_1pri == 0 else f)
+
+    mp.setattr(decision, "_SOLVERS", (zero, bold, two))
+
+
+def _wrong_side_discarded(mp: Patch) -> None:
+    """--discard-my-data discards the other node's."""
+    original = peer.Peer._facts
+
+    def facts(self: Any, *args: Any) -> Any:
+        found = original(self, *args)
+        return replace(found, own_discard=found.peer_discard, peer_discard=found.own_discard)
+
+    mp.setattr(peer.Peer, "_facts", facts)
+
+
+def _conflicts_not_resolved(mp: Patch) -> None:
+    """Two Primaries: each writes what the other sends when it comes."""
+    mp.setattr(Conflicts, "settle", lambda self, vol, w: True)
+
+
+def _fences_often(mix: Mix) -> Mix:
+    return replace(
+        mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", cut=0.3, reconnect=4, slow_handler=True,
+        lying_handler=True, client=15, size=2 * MIB, n_volumes=1, two_primaries=False,
+    )  # fmt: skip
+
+
+def _loses_links_unfrozen(mix: Mix) -> Mix:
+    return replace(
+        mix, fencing=Fencing.RESOURCE_ONLY, protocol="C", cut=0.3, client=15, size=2 * MIB, two_primaries=False
+    )
+
+
+def _splits_brains(mix: Mix) -> Mix:
+    return replace(
+        mix, fencing=Fencing.DONT_CARE, risky=True, cut=0.3, process_crash=0.15, client=15, size=2 * MIB,
+        after_sb=(AfterSb.DISCONNECT,) * 3, two_primaries=False,
+    )  # fmt: skip
+
+
+def _two_write_at_once(mix: Mix) -> Mix:
+    return replace(
+        mix, two_primaries=True, fencing=Fencing.DONT_CARE, protocol="C", n_spots=1, client=15, size=2 * MIB,
+        cut=0, process_crash=0, power_cut=0, eio=0, half_dead=0,
+    )  # fmt: skip
+
+
 PLANTS = (
     Plant("log not flushed", "metadata is written without preflush and FUA", _log_not_flushed),
     Plant("missing flush on the peer", "the peer answers a flush without flushing", _peer_not_flushed),
@@ -351,6 +445,13 @@ PLANTS = (
     Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write, _failing_disks),
     Plant("local error ignored", "the primary ignores its disk's error", _local_error_ignored),
     Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on, _power_cuts),
+    Plant("late answer counts", "fence-peer's answer outlives a reconnect", _late_answer_counts, _fences_often),
+    Plant("broken handler believed", "a failed fence-peer counts as success", _broken_handler_believed, _fences_often),
+    Plant("promotion unfenced", "a lone node is promoted unfenced", _promotion_without_fencing, _loses_links_unfrozen),
+    Plant("split brain joined", "an unsolved split brain gets a direction", _split_brain_joined, _splits_brains),
+    Plant("policy too bold", "disconnect is taken for discard-secondary", _policy_too_bold, _splits_brains),
+    Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, _splits_brains),
+    Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, _two_write_at_once),
 )
 
 __all__ = ["LOCAL", "LOCAL_OK", "PLANTS", "Plant", "peer"]
