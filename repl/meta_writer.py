@@ -246,7 +246,7 @@ class MetaWriter:
 
     def _final_superblock(self, then: Then) -> None:
         if self._sb_out:  # wait for the one that is out, then write the clean one
-            self._sb_waiters.append((self._sb_wanted, lambda ok: self._final_superblock(then)))
+            self._sb_waiters.append((self._sb_wanted, lambda ok: self._final_superblock(then) if ok else then(False)))
             return
         self._sb_wanted += 1
         self._sb_waiters.append((self._sb_wanted, then))

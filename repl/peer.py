@@ -192,7 +192,7 @@ class Peer:
             really = vol.peer_uuid_flags & REALLY_INCONSISTENT
             peer_disk = DiskState.INCONSISTENT if really else DiskState.CONSISTENT
         if vol.unproven is not None and ps.conn >= ConnState.CONNECTED:
-            self._proven(vol)
+            self._proven(vol, ps)
         if self._end_of_sync(vol, ps, peer_disk):
             return
         if old.pdsk == DiskState.UP_TO_DATE and peer_disk == DiskState.INCONSISTENT and (
@@ -212,11 +212,12 @@ class Peer:
             old = vol.state
         self._apply(vol, old, ps, conn, peer_disk)
 
-    def _proven(self, vol: Volume) -> None:
-        """The diskless Primary has taken our generation for its own: it goes on here, as a new one."""
+    def _proven(self, vol: Volume, ps: State) -> None:
+        """The Primary has taken our generation for its own: without a disk it goes on here, as a new one."""
         vol.unproven = None
         s = vol.state
-        if s.peer == Role.PRIMARY and s.pdsk < DiskState.INCONSISTENT and s.disk == DiskState.UP_TO_DATE:
+        diskless = max(ps.disk, s.pdsk) < DiskState.NEGOTIATING  # else its disk is back, and the sets decide
+        if s.peer == Role.PRIMARY and diskless and s.disk == DiskState.UP_TO_DATE:
             if not vol.uuids.bitmap:
                 self.e.start_new_generation(vol)
                 self.send_uuids(vol)
@@ -389,7 +390,7 @@ class Peer:
             e.stand_alone(f"({refused.code}) {refused.text}")
             return
         if attached:
-            self._proven(vol)
+            self._proven(vol, ps)
         if connecting:
             e.link_established()
         elif (

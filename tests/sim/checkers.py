@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from tandem.repl.attach import LoadedDisk
-from tandem.repl.config import AfterSb, Fencing
+from tandem.repl.config import Fencing
 from tandem.repl.requests import DATA, META, DiskOp, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.uuids import CompareFacts, UuidSet, compare
@@ -21,10 +21,18 @@ from tandem.repl.uuids import CompareFacts, UuidSet, compare
 from .admin import behind
 from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
 from .fake_disk import PAGE, FakeDisk, Sparse
-from .ondisk import BITS_PER_EXTENT, PRIMARY_IND, WAS_UP_TO_DATE, DiskView, RingWatch, super_at, view_of
+from .histories import check_only_side, check_split_brain_decided, could_be_primary, met
+from .ondisk import (
+    BITS_PER_EXTENT,
+    PRIMARY_IND,
+    WAS_UP_TO_DATE,
+    DiskView,
+    RingWatch,
+    super_at,
+    view_of,
+)
 
 if TYPE_CHECKING:
-    from .mix import Mix
     from .node import Ask, Node
     from .world import World
 
@@ -376,31 +384,18 @@ class Checks:
         peer, volume = self.w.peer_of(node), write.volume
         vol = node.engine.volumes[volume]
         where = node.layouts[volume]
-        self._check_only_side(node, write)
+        check_only_side(self, node, write)
         if vol.state.disk >= D.CONSISTENT:
             own = super_at(node.disks[volume].devices[META].durable, where)
             other = super_at(peer.disks[volume].devices[META].durable, where)
             same = own.current & ~1 == other.current & ~1
             if other.flags & WAS_UP_TO_DATE and (same or not own.bitmap):
                 self.fail("7 generations", f"{write!r} was answered alone without a new current UUID on disk: {own}")
-        if (
-            self.w.mix.fencing is Fencing.RESOURCE_AND_STONITH and vol.state.pdsk > D.OUTDATED
-            and not node.fenced and not node.resumed
-        ):  # fmt: skip
-            self.fail("8 fencing", f"{write!r} was answered before the fence handler has spoken: {vol.state}")
-
-    def _check_only_side(self, node: Node, write: Write) -> None:
-        """With fencing on, at most one side acknowledges writes while the nodes do not see each other."""
-        ledger = self.w.ledgers[write.volume]
-        if self.w.mix.fencing is Fencing.DONT_CARE or self.w.overruled or ledger.copies[node.index].discarded:
-            return
-        missed = ledger.still_lacks(node.index, self.reader(node, write.volume))
-        if missed:
-            self.fail(
-                "8 fencing",
-                f"{write!r} was answered alone by {node.config.node}, which lacks {next(iter(missed))!r}:"
-                " two histories although fencing is on",
-            )
+        if self.w.mix.fencing is Fencing.RESOURCE_AND_STONITH and not node.fenced and not node.resumed:
+            if vol.state.pdsk > D.OUTDATED:
+                self.fail("8 fencing", f"{write!r} was answered before the fence handler has spoken: {vol.state}")
+            if could_be_primary(peer, volume):
+                self.fail("8 fencing", f"{write!r} was answered, but nobody has fenced the peer: {vol.state}")
 
     def _flush_answered(self, node: Node, ask: Ask) -> None:
         """Rule 6: everything answered before is stable on every disk in the mirror."""
@@ -455,7 +450,9 @@ class Checks:
         """Notice promotions, starts and ends of resyncs."""
         record, state = self.record(node, volume), node.state(volume)
         if record.conn < C.CONNECTED <= state.conn:
-            self._met(node, volume)
+            met(self, node, volume)
+        if state.conn in BECOMING_TARGET and record.conn not in BECOMING_TARGET:
+            check_split_brain_decided(self, node, volume)
         if state.role is Role.PRIMARY and record.role is not Role.PRIMARY:
             self._promoted(node, volume)
         if state.conn in SYNCING_TARGET and record.conn not in SYNCING_TARGET:
@@ -467,36 +464,6 @@ class Checks:
         if state.connected:
             node.fenced = node.resumed = False
         record.role, record.conn, record.disk = state.role, state.conn, state.disk
-
-    def _met(self, node: Node, volume: int) -> None:
-        """The nodes have met again: what each of them knows of the other's history decides."""
-        node.n_meetings += 1
-        ledger, state = self.w.ledgers[volume], node.state(volume)
-        if state.conn in BECOMING_TARGET:
-            self._check_split_brain_decided(node, volume)
-        good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
-        if not good or any(copy.discarded for copy in ledger.copies):
-            return
-        for other in self.w.nodes:
-            missed = ledger.still_lacks(other.index, self.reader(other, volume))
-            if missed:
-                self.fail(
-                    "history",
-                    f"{node.config.node} met its peer as if nothing had happened, but {other.config.node} lacks"
-                    f" {next(iter(missed))!r}",
-                )
-
-    def _check_split_brain_decided(self, target: Node, volume: int) -> None:
-        """A split brain is never silently joined: whose changes go was decided by a policy that is configured.
-
-        Only then is the history of *target* given up; `_sync_began` fails for all others.
-        """
-        state, source = target.state(volume), self.w.peer_of(target)
-        ledger = self.w.ledgers[volume]
-        gone = ledger.still_lacks(source.index, self.reader(source, volume))
-        if gone and policy_gives_up(self.w.mix, target.index, state.role, state.peer):
-            self.w.note(target, "gives up its changes, as the policy says")
-            ledger.copies[target.index].discarded = True
 
     def _promoted(self, node: Node, volume: int) -> None:
         """Durability: whoever is promoted serves every answered write it was in the mirror for."""
@@ -602,21 +569,6 @@ class Checks:
                         "durability",
                         f"at the end sector {misfits[0][0]} of {node.config.node} {misfits[0][1]}",
                     )
-
-
-def policy_gives_up(mix: Mix, victim: int, role: Role, peer: Role) -> bool:
-    """May an after-split-brain policy have chosen the changes of node *victim*, now in *role*, to be lost?"""
-    zero, one, two = mix.after_sb
-    chooses = zero not in (AfterSb.DISCONNECT, AfterSb.DISCARD_ZERO_CHANGES)
-    if zero is AfterSb.DISCARD_LOCAL and victim != 0:
-        chooses = False
-    demoted = chooses and AfterSb.CALL_PRI_LOST_AFTER_SB in (one, two)  # was Primary when they met
-    if role is Role.PRIMARY:
-        return mix.rr_conflict == "violently" and chooses and AfterSb.VIOLENTLY_AS0P in (one, two)
-    if peer is Role.PRIMARY:
-        solves = (AfterSb.CONSENSUS, AfterSb.VIOLENTLY_AS0P, AfterSb.CALL_PRI_LOST_AFTER_SB)
-        return one is AfterSb.DISCARD_SECONDARY or (chooses and one in solves) or demoted
-    return chooses
 
 
 def _older(x: Write, than: Write) -> bool:

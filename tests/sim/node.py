@@ -80,6 +80,7 @@ class Node:
             md_size = META_DEVICE if mix.external else mix.size
             self.layouts[v] = layout("flexible" if mix.external else "internal", md_size, mix.size)
         self.n_boots = 0
+        self.leaving = False  # it was told to disconnect: under fencing it outdates itself
         self.link: LinkEnd | None = None
         self.forget()
 
@@ -167,6 +168,7 @@ class Node:
         command = Command(ticket, name, volume, dict(args))
         self.commands[ticket] = command
         self.world.note(self, "command", name, volume, args)
+        self.leaving |= name in ("disconnect", "down")
         if name == "resume-io":
             self.resumed = True
             self.world.overruled |= self.primary and not self.connected

@@ -14,7 +14,7 @@ from typing import Any
 from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Command, HandlerExited, LinkLost, LinkUp
-from tandem.repl.requests import DATA, FUA, MAY_UNMAP, DiskOp, Op, Request
+from tandem.repl.requests import DATA, FUA, MAY_UNMAP, META, DiskOp, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 
 from . import admin, handlers
@@ -426,6 +426,10 @@ class World:
         """The disk fails one operation."""
         flights = [f for f in node.disks[volume].flights if not f.executed]
         flight = flights[self.chooser.choose(len(flights))]
+        if flight.op.area == META and node.primary:
+            # Its new generation may reach a disk that was given up meanwhile, as DRBD's does: nobody was shown it,
+            # but compared with the peer's next one it is a history of its own.
+            self.split_possible = True
         node.disks[volume].execute(flight, EIO)
         self.checks.disk_broke(node, volume)
         self._complete(node, volume, [flight])

@@ -121,6 +121,21 @@ def test_a_superblock_that_fails_tells_everybody_once() -> None:
     assert w.told[-2:] == [("later", False), ("later", False)]
 
 
+def test_a_superblock_that_fails_ends_a_clean_close() -> None:
+    """Its disk is gone by then, and with it the place where the last superblock would go."""
+    w = Writer()
+    w.meta.superblock()
+    w.meta.close([(0, bytes(PAGE))], w.tell("closed"))
+    out = w.out.pop(0)
+    while w.out:
+        w.answer(1)
+    out.error = errno.EIO
+    assert isinstance(out, CallbackOp)
+    out.then(out)
+    assert w.out == []
+    assert w.told == [("closed", False)] and w.failures == [errno.EIO]
+
+
 # --------------------------------------------------------------------------------------- pages and blocks
 
 

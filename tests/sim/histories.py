@@ -1,0 +1,95 @@
+"""Two histories: checkers for fencing and split brain.
+
+With fencing on at most one side acknowledges writes while the nodes do not see each other. Without it both may:
+then there are two histories, each is kept until somebody decides, and none is ever joined to the other silently.
+What each copy lacks of the other's answered writes is known from the ledger, whatever the machine believes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tandem.repl.config import AfterSb, Fencing
+from tandem.repl.requests import META
+from tandem.repl.states import ConnState, DiskState, Role
+
+from .ondisk import CONSISTENT_WAS_UP_TO_DATE, super_at
+
+if TYPE_CHECKING:
+    from .checkers import Checks
+    from .client import Write
+    from .mix import Mix
+    from .node import Node
+
+C = ConnState
+D = DiskState
+
+
+def check_only_side(checks: Checks, node: Node, write: Write) -> None:
+    """With fencing on, at most one side acknowledges writes while the nodes do not see each other."""
+    ledger = checks.w.ledgers[write.volume]
+    if checks.w.mix.fencing is Fencing.DONT_CARE or checks.w.overruled or ledger.copies[node.index].discarded:
+        return
+    missed = ledger.still_lacks(node.index, checks.reader(node, write.volume))
+    if missed:
+        checks.fail(
+            "8 fencing",
+            f"{write!r} was answered alone by {node.config.node}, which lacks {next(iter(missed))!r}:"
+            " two histories although fencing is on",
+        )
+
+
+def could_be_primary(node: Node, volume: int) -> bool:
+    """Does the disk of *node* pass for good data, as far as the node itself knows?"""
+    if node.leaving:
+        return False  # the peer agreed that this node outdates itself; it may not have heard the answer yet
+    if node.engine is not None and node.state(volume).disk > D.NEGOTIATING:
+        return node.state(volume).disk > D.OUTDATED
+    flags = super_at(node.disks[volume].devices[META].live, node.layouts[volume]).flags
+    return flags & CONSISTENT_WAS_UP_TO_DATE == CONSISTENT_WAS_UP_TO_DATE
+
+
+def met(checks: Checks, node: Node, volume: int) -> None:
+    """The nodes have met again: what each of them knows of the other's history decides."""
+    node.n_meetings += 1
+    node.leaving = False
+    ledger, state = checks.w.ledgers[volume], node.state(volume)
+    good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
+    if not good or any(copy.discarded for copy in ledger.copies):
+        return
+    for other in checks.w.nodes:
+        missed = ledger.still_lacks(other.index, checks.reader(other, volume))
+        if missed:
+            checks.fail(
+                "history",
+                f"{node.config.node} met its peer as if nothing had happened, but {other.config.node} lacks"
+                f" {next(iter(missed))!r}",
+            )
+
+
+def check_split_brain_decided(checks: Checks, target: Node, volume: int) -> None:
+    """A split brain is never silently joined: whose changes go was decided by a policy that is configured.
+
+    Only then is the history of *target* given up; `Checks._sync_began` fails for all others.
+    """
+    state, source = target.state(volume), checks.w.peer_of(target)
+    ledger = checks.w.ledgers[volume]
+    gone = ledger.still_lacks(source.index, checks.reader(source, volume))
+    if gone and policy_gives_up(checks.w.mix, target.index, state.role, state.peer):
+        checks.w.note(target, "gives up its changes, as the policy says")
+        ledger.copies[target.index].discarded = True
+
+
+def policy_gives_up(mix: Mix, victim: int, role: Role, peer: Role) -> bool:
+    """May an after-split-brain policy have chosen the changes of node *victim*, now in *role*, to be lost?"""
+    zero, one, two = mix.after_sb
+    chooses = zero not in (AfterSb.DISCONNECT, AfterSb.DISCARD_ZERO_CHANGES)
+    if zero is AfterSb.DISCARD_LOCAL and victim != 0:
+        chooses = False
+    demoted = chooses and AfterSb.CALL_PRI_LOST_AFTER_SB in (one, two)  # was Primary when they met
+    if role is Role.PRIMARY:
+        return mix.rr_conflict == "violently" and chooses and AfterSb.VIOLENTLY_AS0P in (one, two)
+    if peer is Role.PRIMARY:
+        solves = (AfterSb.CONSENSUS, AfterSb.VIOLENTLY_AS0P, AfterSb.CALL_PRI_LOST_AFTER_SB)
+        return one is AfterSb.DISCARD_SECONDARY or (chooses and one in solves) or demoted
+    return chooses
