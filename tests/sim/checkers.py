@@ -394,7 +394,7 @@ class Checks:
         if self.w.mix.fencing is Fencing.RESOURCE_AND_STONITH and not node.fenced and not node.resumed:
             if vol.state.pdsk > D.OUTDATED:
                 self.fail("8 fencing", f"{write!r} was answered before the fence handler has spoken: {vol.state}")
-            if could_be_primary(peer, volume):
+            if not node.fenced_once and could_be_primary(peer, volume):
                 self.fail("8 fencing", f"{write!r} was answered, but nobody has fenced the peer: {vol.state}")
 
     def _flush_answered(self, node: Node, ask: Ask) -> None:

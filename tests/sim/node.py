@@ -80,6 +80,7 @@ class Node:
             md_size = META_DEVICE if mix.external else mix.size
             self.layouts[v] = layout("flexible" if mix.external else "internal", md_size, mix.size)
         self.n_boots = 0
+        self.fenced_once = False  # the fence handler has spoken since the nodes met, in this life or before
         self.leaving = False  # it was told to disconnect: under fencing it outdates itself
         self.link: LinkEnd | None = None
         self.forget()

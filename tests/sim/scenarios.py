@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tandem.repl.config import Fencing
 from tandem.repl.requests import FUA, Op, Request
 
 from . import admin
@@ -109,9 +110,19 @@ def crash_and_return(who: int, power: bool) -> Callable[[World], None]:
     return story
 
 
+def both_write(world: World) -> None:
+    """Two Primaries write to overlapping blocks at once."""
+    world.nodes[1].command("primary")
+    admin.settle(world)
+    submit(world, write(world, 3, 2), node=0)
+    submit(world, write(world, 4, 2, node=1), node=1)
+
+
 ANY = ("crash a", "crash b", "power a", "power b")
 POWER = ("power a", "power b")
 PROTOCOL_A = replace(QUIET, protocol="A")
+STONITH = replace(QUIET, fencing=Fencing.RESOURCE_AND_STONITH, slow_handler=True)
+TWO_PRIMARIES = replace(STONITH, two_primaries=True)
 EXTERNAL = replace(QUIET, external=True)
 
 SCENARIOS = (
@@ -128,6 +139,9 @@ SCENARIOS = (
     Scenario("the primary loses power and comes back", crash_and_return(0, power=True), ("cut", *ANY)),
     Scenario("hand-over, power cuts", hand_over, ("cut", *POWER), departures=2),
     Scenario("protocol A, the primary dies", one_write, ("power a", "cut"), departures=2, mix=PROTOCOL_A),
+    Scenario("fencing, the link is cut, power cuts", one_write, ("cut", *POWER), departures=2, mix=STONITH),
+    Scenario("two Primaries write at once", both_write, ("cut", *ANY), departures=2, n_faults=1, mix=TWO_PRIMARIES),
+    Scenario("two Primaries, reordered", both_write, (), departures=2, mix=TWO_PRIMARIES),
     Scenario("external metadata, power cuts", write_and_flush, POWER, departures=2, mix=EXTERNAL),
 )
 

@@ -251,7 +251,7 @@ class World:
         node.handlers.remove(running)
         late = running.n_meetings != node.n_meetings or node.state().conn >= ConnState.WF_REPORT_PARAMS
         if effect.name == "fence-peer" and code in handlers.PEER_IS_OUT and not late:
-            node.fenced = True
+            node.fenced = node.fenced_once = True
         self.note(node, "handler ends", effect.name, code)
         node.engine.handle(HandlerExited(effect.ticket, code), self.now)
         node.pump()
