@@ -63,6 +63,7 @@ def demoted(pair: Pair) -> None:
     ("--rw=randwrite", "--bs=4k", "--size=2m", "--iodepth=32", "--fsync=32"),
 ])  # fmt: skip
 def test_overlapping_writes_from_both(pair: Pair, job: tuple[str, ...]) -> None:
+    """Both nodes are Primary and write the same sectors at once; both disks end equal."""
     pair.start(TWO, sync="clear")
     promote(pair)
     at_once(pair, "8m", "32m", *job)

@@ -33,6 +33,7 @@ def ask(node: Node, situations: tuple[Situation, ...], says: str, command: str, 
 
 @SIDES
 def test_fresh_disks(pair: Pair, side: str) -> None:
+    """Promotion, outdate and demotion with disks that were never in sync."""
     pair.start()
     node = pair.node(side)
     ask(node, AS_SECONDARY, "connected, disk fresh on both", "primary")
@@ -46,6 +47,7 @@ def test_fresh_disks(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_connected(pair: Pair, side: str) -> None:
+    """Promotion and demotion while connected: good disks, a Primary peer, one disk missing, both missing."""
     pair.start("net { verify-alg crc32c; }", sync="clear")
     node = pair.node(side)
     other = pair.other(node)
@@ -67,6 +69,7 @@ def test_connected(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_alone(pair: Pair, side: str) -> None:
+    """What a node without its peer may do: good disk, Outdated, no disk."""
     pair.start("net { verify-alg crc32c; }", sync="clear")
     node = pair.node(side)
     node.adm("disconnect", RES)
