@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from . import aftermath, report
+from . import aftermath, report, settings
 from .agreement import LOST, Agreement
 from .commands import Commands
-from .config import Fencing, ResourceConfig
+from .config import Fencing, NetOptions, ResourceConfig
 from .conflicts import Conflicts
 from .digests import Digest, digest, hmac_hash
 from .disks import Disks
@@ -580,12 +580,20 @@ class Engine:
         if {v.number for v in config.volumes} != set(self.volumes):
             return Refusal(161, "Minor or volume exists already (delete it first).",
                            "Volumes can not be added to a running resource: down and up again")  # fmt: skip
+        told = settings.said(self.config.net)
         self.config = config
         self.integrity = digest(config.net.data_integrity_alg)
         self.csums = digest(config.net.csums_alg)
         for vol_config in config.volumes:
-            vol = self.volumes[vol_config.number]
-            vol.config = vol_config
-            vol.net = config.net
-            vol.refresh()
+            self.volumes[vol_config.number].config = vol_config
+        self.adopt(config.net)
+        if settings.said(config.net) != told:
+            self.link.tell_settings()
         return None
+
+    def adopt(self, net: NetOptions) -> None:
+        """These options of the connection hold from now on."""
+        self.config = replace(self.config, net=net)
+        for vol in self.volumes.values():
+            vol.net = net
+            vol.refresh()

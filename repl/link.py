@@ -14,9 +14,9 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from . import settings
 from .compiled import batches
-from .config import AfterSb
-from .digests import hmac_response, hmac_size
+from .digests import digest, hmac_response, hmac_size
 from .errors import PeerProtocolError
 from .requests import Request
 from .states import ConnState, DiskState
@@ -170,12 +170,7 @@ class Link:
         """P_PROTOCOL, then each volume's parameters; the state still says WFConnection."""
         e, net = self.e, self.e.config.net
         conn_flags = (1 if self.discard_my_data else 0) | (2 if self.tentative else 0)
-        e.out.data.append(
-            Protocol(
-                "ABC".index(net.protocol) + 1, net.after_sb_0pri, net.after_sb_1pri, net.after_sb_2pri,
-                conn_flags, int(net.allow_two_primaries), net.data_integrity_alg,
-            ).pack()
-        )  # fmt: skip
+        e.out.data.append(settings.said(net, conn_flags).pack())
         e.peer_integrity = e.integrity
         for number in sorted(e.volumes):
             vol = e.volumes[number]
@@ -208,33 +203,34 @@ class Link:
 
     def _protocol(self, vol: Volume | None, payload: memoryview) -> None:
         """P_PROTOCOL: any difference that matters ends in StandAlone, here and on the peer."""
-        net, theirs = self.e.config.net, Protocol.unpack(payload)
-
-        def ours(policy: int) -> int:
-            swap = {AfterSb.DISCARD_LOCAL: AfterSb.DISCARD_REMOTE, AfterSb.DISCARD_REMOTE: AfterSb.DISCARD_LOCAL}
-            return swap.get(AfterSb(policy), policy) if policy in AfterSb._value2member_map_ else policy
-
-        pairs = (
-            ("protocol", "ABC".index(net.protocol) + 1, theirs.protocol),
-            ("after-sb-0pri", net.after_sb_0pri, ours(theirs.after_sb_0p)),
-            ("after-sb-1pri", net.after_sb_1pri, ours(theirs.after_sb_1p)),
-            ("after-sb-2pri", net.after_sb_2pri, ours(theirs.after_sb_2p)),
-            ("allow-two-primaries", int(net.allow_two_primaries), theirs.two_primaries),
-            ("data-integrity-alg", net.data_integrity_alg, theirs.integrity_alg),
-        )
-        for option, own, peer in pairs:
-            if own != peer:
-                if option == "protocol":
-                    own, peer = "ABC"[int(own) - 1], "?ABC"[int(peer)] if 0 <= int(peer) <= 3 else peer
-                self.e.stand_alone(
-                    f"incompatible {option}: {own!s} here, {peer!s} on the peer; make the configurations equal"
-                )
-                return
+        theirs = Protocol.unpack(payload)
+        fault = settings.difference(self.e.config.net, theirs)
+        if fault:
+            self.e.stand_alone(fault)
+            return
         if theirs.conn_flags & 1 and any(v.discard_my_data for v in self.e.volumes.values()):
             self.e.stand_alone("both nodes were told to discard their data: connect one of them without it")
             return
         self.peer_dry_run = bool(theirs.conn_flags & 2)
         self.protocol_seen = True
+
+    def tell_settings(self) -> None:
+        """Our settings have changed under a live connection: what follows in the stream is sent by the new ones."""
+        if self.stage is Stage.OPEN and self.apv >= settings.UPDATE_APV:
+            self.e.out.data.append(settings.said(self.e.config.net).pack(update=True))
+
+    def _protocol_update(self, vol: Volume | None, payload: memoryview) -> None:
+        theirs = Protocol.unpack(payload)
+        algorithm = digest(theirs.integrity_alg)
+        if theirs.integrity_alg and algorithm is None:
+            raise PeerProtocolError(f"data-integrity-alg {theirs.integrity_alg} of the peer is unknown here")
+        self.e.peer_integrity = algorithm
+        self.e.adopt(settings.adopted(self.e.config.net, theirs))
+
+    @property
+    def zeroes_fit(self) -> bool:
+        """May P_ZEROES be sent? A kernel expects a digest with it that a kernel does not send."""
+        return bool(self.features & Feature.WZEROES) and (self.peer_sends_flushes or not self.e.integrity)
 
     def _sync_param(self, vol: Volume, payload: memoryview) -> None:
         net, theirs = self.e.config.net, SyncParam.unpack(payload)
@@ -365,6 +361,7 @@ class Link:
             Packet.OV_REQUEST: self._verify_request,
             Packet.OV_REPLY: lambda vol, p: self.e.verify.replied(vol, *unpack_block_req(p), bytes(p[24:])),
             Packet.PROTOCOL: self._protocol,
+            Packet.PROTOCOL_UPDATE: self._protocol_update,
             Packet.SYNC_PARAM89: self._sync_param,
             Packet.SIZES: lambda vol, p: self.e.peer.receive_sizes(vol, p),
             Packet.UUIDS: lambda vol, p: self.e.peer.receive_uuids(vol, p),
@@ -373,7 +370,7 @@ class Link:
             Packet.STATE_CHG_REQ: lambda vol, p: self.e.agreement.requested(vol, *unpack_state_change(p)),
             Packet.CONN_ST_CHG_REQ: lambda vol, p: self.e.agreement.requested(None, *unpack_state_change(p)),
             Packet.OUT_OF_SYNC: self._out_of_sync,
-            **dict.fromkeys((Packet.UNPLUG_REMOTE, Packet.PROTOCOL_UPDATE, Packet.DELAY_PROBE)),
+            **dict.fromkeys((Packet.UNPLUG_REMOTE, Packet.DELAY_PROBE)),
         }
 
     def _check_request(self, vol: Volume, sector: int, size: int) -> None:

@@ -41,7 +41,6 @@ from .wire import (
     DP_SEND_RECEIVE_ACK,
     DP_SEND_WRITE_ACK,
     DP_ZEROES,
-    Feature,
     Packet,
     pack_block_desc,
     pack_block_req,
@@ -305,7 +304,7 @@ class Mirror:
                 r.payload,
             )
             vol.bytes_sent += r.length
-        elif r.op == Op.TRIM or not e.link.features & Feature.WZEROES:
+        elif r.op == Op.TRIM or not e.link.zeroes_fit:
             flags |= DP_DISCARD
             e.out.data.append(
                 pack_trim(Packet.TRIM, vol.number, r.offset >> 9, block_id, seq, flags, r.length)

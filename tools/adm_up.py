@@ -170,11 +170,17 @@ def _dry_adjust(session: Session, target: Target, skip_disk: bool, skip_net: boo
     for volume in [] if skip_disk else wanted.volumes:
         one = Target(target.resource, volume.number)
         before = running.volume(volume.number)
-        if volume.number in missing:
+        moved = before is not None and (before.disk, before.meta_disk) != (volume.disk, volume.meta_disk)
+        if moved and volume.number not in missing:
+            lines.append(f"drbdsetup-84 detach {volume.minor}")
+        if moved or volume.number in missing:
             lines += _dry_step("apply-al", "attach")(session, one)
         elif before is not None and before.disk_options != volume.disk_options:
             lines += _dry_options(session, one, "attach")
     if not skip_net and status.connection.cstate == "StandAlone":
+        lines += _dry_step("connect")(session, target)
+    elif not skip_net and (running.address, running.peer_address) != (wanted.address, wanted.peer_address):
+        lines.append(f"drbdsetup-84 disconnect {running.address} {running.peer_address}")
         lines += _dry_step("connect")(session, target)
     elif not skip_net and running.net != wanted.net:
         lines += _dry_options(session, target, "connect")

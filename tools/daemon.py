@@ -246,7 +246,7 @@ class Daemon:
         """Make the live resource what *config* says, with as little disturbance as that allows.
 
         Most options change on the fly. A disk that is another one now is detached before and attached
-        after; an address or a digest of the data stream needs a new connection.
+        after; an address needs a new connection.
         """
         old = self.config
         if config.name != old.name or config.node != old.node:
@@ -389,9 +389,8 @@ class Daemon:
 
 
 def _wire(config: ResourceConfig) -> tuple[object, ...]:
-    """What both ends of an established connection have agreed on and cannot change."""
-    net = config.net
-    return config.address, config.peer_address, net.data_integrity_alg
+    """What an established connection cannot change."""
+    return config.address, config.peer_address
 
 
 def _storage(volume: VolumeConfig) -> tuple[object, ...]:
