@@ -223,11 +223,32 @@ def test_adjust_applies_a_changed_file(pair: Pair) -> None:
     assert pair.ok("alpha", "role", "r0") == "Primary/Secondary\n"
 
 
+def test_adjust_changes_the_digest_of_a_live_connection(pair: Pair) -> None:
+    began = {node: pair.path(node, "log").stat().st_size for node in ("alpha", "beta")}
+    pair.configure(net="data-integrity-alg crc32c;")
+    (line,) = pair.ok("alpha", "-d", "adjust", "r0").splitlines()
+    assert " net-options " in line and "--data-integrity-alg=crc32c" in line
+    for node in ("alpha", "beta", "alpha"):
+        client = NbdClient(pair.path("alpha", "nbd"), "r0")
+        assert client.write(16384, node[:1].encode() * 4096) == 0
+        client.close()
+        if node == "beta":
+            pair.configure()
+        pair.ok(node, "adjust", "r0")
+    pair.ok("beta", "adjust", "r0")
+    pair.ok("alpha", "adjust", "r0")
+    for node, at in began.items():
+        assert pair.ok(node, "cstate", "r0") == "Connected\n"
+        assert "conn(" not in pair.path(node, "log").read_text()[at:]
+
+
 def test_adjust_moves_a_connection_and_a_disk(pair: Pair) -> None:
     text = pair.file.read_text()
     (pair.dir / "moved.img").symlink_to(pair.dir / "b.img")
     changed = text.replace(f":{pair.port_b};", f":{pair.port_nbd};").replace("/b.img", "/moved.img")
     pair.file.write_text(changed)
+    steps = [line.split()[1] for line in pair.ok("beta", "-d", "adjust", "r0").splitlines()]
+    assert steps == ["detach", "0", "attach", "disconnect", "connect"]  # drbdmeta names its minor first
     for node in ("beta", "alpha"):
         pair.ok(node, "adjust", "r0")
     pair.ok("alpha", "wait-sync", PATIENCE, "r0")
