@@ -57,25 +57,26 @@ def read(offset: int, length: int) -> Request:
 
 
 class Nbd:
-    """A session with one export. Use as a context manager.
+    """A session with one export, at a Unix socket or at a host and port. Use as a context manager.
 
     NbdRefused when the server does not offer the export to us; ConnectionLost when it goes away.
     """
 
-    def __init__(self, path: Path, export: str) -> None:
+    def __init__(self, where: Path | tuple[str, int], export: str) -> None:
         self.size = 0
         self.flags = 0
         self._inbox = bytearray()
         self._cookie = 0
         self._in_flight: dict[int, Request] = {}
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        family = socket.AF_UNIX if isinstance(where, Path) else socket.AF_INET
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
         self._sock.settimeout(ANSWER_S)
         try:
-            self._sock.connect(os.fspath(path))
+            self._sock.connect(os.fspath(where) if isinstance(where, Path) else where)
             self._negotiate(export)
         except OSError as error:
             self._sock.close()
-            raise ConnectionLost(f"{path}: {error.strerror or error}") from error
+            raise ConnectionLost(f"{where}: {error.strerror or error}") from error
         except Exception:
             self._sock.close()
             raise
@@ -91,6 +92,11 @@ class Nbd:
         with contextlib.suppress(OSError):  # it may have gone before us
             self._sock.sendall(_header(Request(Cmd.DISC), 0))
         self._sock.close()
+
+    def cut(self) -> None:
+        """End the connection from another thread, as its server's death would: `run` raises ConnectionLost."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     @property
     def n_in_flight(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from .block_host import BlockHost
+from .fenced import Fenced
 from .nodes import KernelNode, TandemNode
 from .pair import SIZE, Pair
 from .uml import Lab
@@ -76,6 +77,27 @@ def block_host(block_guest: BlockHost, request: pytest.FixtureRequest) -> Iterat
         print(block_guest.report())
         block_guest.guest.kill()
         block_guest.boot()
+
+
+@pytest.fixture(scope="session")
+def fenced_hosts(lab: Lab) -> Iterator[Fenced]:
+    """Two guests that run Tandem, and the switch of their power."""
+    hosts = Fenced(lab)
+    try:
+        yield hosts
+    finally:
+        hosts.close()
+
+
+@pytest.fixture
+def fenced(fenced_hosts: Fenced, request: pytest.FixtureRequest) -> Iterator[Fenced]:
+    """The same, ready for a test: both on and in sync, anna Primary; off at the end."""
+    fenced_hosts.prepare()
+    yield fenced_hosts
+    if getattr(request.node, "failed", False):
+        print(fenced_hosts.report())
+        for host in fenced_hosts.hosts:
+            host.guest.kill()
 
 
 @pytest.hookimpl(hookwrapper=True)

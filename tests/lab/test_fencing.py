@@ -1,0 +1,96 @@
+"""Power cuts and partitions with resource-and-stonith: exactly one side writes, and what was acknowledged survives."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from .fenced import Fenced
+from .nodes import RES, wait, wait_state
+
+
+def test_the_primarys_power_is_cut(fenced: Fenced) -> None:
+    anna, bert = fenced.hosts
+    assert not fenced.write(anna, 600, lambda: fenced.power_cut(anna))
+    wait(bert, lambda s: s.cs == "WFConnection", "alone")
+    bert.adm("primary", RES)
+    assert bert.state().pdsk == "Outdated" and fenced.switch.done == [], "it was off already"
+    fenced.check(bert)
+    assert fenced.write(bert, 100)
+    fenced.comes_back(anna)
+    fenced.check(bert)
+    fenced.equal()
+
+
+def test_the_secondarys_power_is_cut(fenced: Fenced) -> None:
+    """The Primary stops for a moment, makes certain, and goes on."""
+    anna, bert = fenced.hosts
+    assert fenced.write(anna, 600, lambda: fenced.power_cut(bert))
+    assert anna.state().pdsk == "Outdated"
+    fenced.comes_back(bert)
+    fenced.check(anna)
+    fenced.equal()
+
+
+def test_the_power_of_both_is_cut(fenced: Fenced) -> None:
+    anna, bert = fenced.hosts
+
+    def blackout() -> None:
+        for host in (bert, anna):
+            fenced.power_cut(host)
+
+    assert not fenced.write(anna, 600, blackout)
+    fenced.comes_back(anna, bert)
+    for host in fenced.hosts:
+        wait_state(host, cs="Connected", disk="UpToDate", pdsk="UpToDate")
+    bert.adm("primary", RES)
+    fenced.check(bert)
+    fenced.equal()
+
+
+@pytest.mark.parametrize("deaf", ["both", "anna", "bert"])
+def test_a_partition(fenced: Fenced, deaf: str) -> None:
+    """The cable is pulled, or one host hears nothing of what the other one sends; the Primary shoots."""
+    anna, bert = fenced.hosts
+
+    def cut() -> None:
+        if deaf == "both":
+            bert.guest.cut()
+        else:
+            mute = bert if deaf == "anna" else anna
+            mute.guest.sh("modprobe sch_netem && tc qdisc replace dev lan root netem loss 100%")
+
+    assert fenced.write(anna, 600, cut)
+    assert fenced.switch.done == [("anna", "bert")] and not bert.guest.running
+    state = anna.state()
+    assert (state.role, state.pdsk) == ("Primary", "Outdated")
+    bert.guest.cut(False)
+    anna.guest.sh("tc qdisc del dev lan root; true")
+    fenced.comes_back(bert)
+    fenced.check(anna)
+    fenced.equal()
+
+
+def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced) -> None:
+    """The cluster promotes the Secondary at the same time: both shoot, one of them first."""
+    anna, bert = fenced.hosts
+    takers = []
+
+    def cut() -> None:
+        bert.guest.cut()
+        takers.append(threading.Thread(target=lambda: bert.guest.run("tandemadm", "primary", RES, check=False)))
+        takers[0].daemon = True
+        takers[0].start()
+
+    lived = fenced.write(anna, 600, cut)
+    winner = anna if lived else bert
+    loser = fenced.peer_of(winner)
+    assert fenced.switch.done == [(winner.name, loser.name)] and not loser.guest.running
+    wait(winner, lambda s: s.role == "Primary" and s.pdsk == "Outdated", "the only Primary")
+    fenced.check(winner)
+    assert fenced.write(winner, 100)
+    bert.guest.cut(False)
+    fenced.comes_back(loser)
+    fenced.check(winner)
+    fenced.equal()
