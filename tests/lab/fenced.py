@@ -11,10 +11,10 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from tests.ledger import DEPTH, ConnectionLost, Ledger, Nbd, Request
+from tests.ledger import DEPTH, Cmd, ConnectionLost, Ledger, Nbd, Request
 
 from .host import Host
 from .nodes import RES, wait, wait_state
@@ -156,8 +156,17 @@ class Fenced:
 
     # ---------------------------------------------------------------------------------------- the client
 
-    def write(self, host: Host, n_requests: int, accident: Callable[[], None] | None = None) -> bool:
+    def write(
+        self, host: Host, n_requests: int, accident: Callable[[], None] | None = None, flags: int = 0
+    ) -> bool:
         """Write to the Primary; *accident* happens in the middle. False when the client lost its server."""
+
+        def requests() -> Iterator[Request]:
+            for request in self.ledger.requests(n_requests):
+                if request.kind is not Cmd.FLUSH:
+                    request.flags = flags
+                yield request
+
         moment = self.ledger.n_acknowledged + n_requests // 3
         left = [accident] if accident else []
 
@@ -169,7 +178,7 @@ class Fenced:
         try:
             with Nbd((host.guest.control, NBD_PORT), RES) as nbd:
                 self._sessions[host.name] = nbd
-                nbd.run(self.ledger.requests(n_requests), DEPTH, answered)
+                nbd.run(requests(), DEPTH, answered)
         except ConnectionLost:
             assert not host.guest.running, f"{host.name} lives, and its client lost it\n{self.report()}"
             return False
