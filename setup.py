@@ -14,10 +14,12 @@ except ImportError:
 else:
     twins = cythonize(
         [
-            Extension(f"tandem.{room}._batches", [f"{room}/_batches.pyx"], depends=["repl/_slots.pxi"], optional=True)
+            Extension(f"tandem.{room}._batches", [f"{room}/_batches.pyx"], depends=["repl/_slots.pxi"])
             for room in ("repl", "nbd")
         ],
         build_dir="build",
     )
+    for twin in twins:  # cythonize makes extensions of its own, which forget that
+        twin.optional = True
 
 setup(ext_modules=twins)
