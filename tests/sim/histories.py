@@ -55,6 +55,8 @@ def met(checks: Checks, node: Node, volume: int) -> None:
     node.leaving = node.fenced_once = False
     ledger, state = checks.w.ledgers[volume], node.state(volume)
     good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
+    if not checks.w.peer_of(node).connected:
+        return  # it may refuse yet: a Primary with frozen I/O drops a peer that was restarted
     if not good or any(copy.discarded for copy in ledger.copies):
         return
     for other in checks.w.nodes:
