@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ class Guest:
         settings.write_text(
             f"GUEST_NAME={self.name}\nGUEST_MODULES={MODULES}\nGUEST_SHARED={self.lab.shared}\n"
             f"GUEST_CONTROL={self.control}\nGUEST_LAN={self.lan}\nGUEST_AGENT={HERE}/guest/agent.py\n"
+            f"GUEST_KEPT={HERE.parents[1]}:{sys.prefix}:{sys.base_prefix}\n"
         )
         argv = [
             "setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child", str(KERNEL),
