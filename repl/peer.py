@@ -335,7 +335,8 @@ class Peer:
             name = e.config.name
             e.note(
                 vol, f"To give up one side's changes, there: tandemadm secondary {name}; tandemadm connect "
-                f"--discard-my-data {name}; on the other node, if it is StandAlone: tandemadm connect {name}",
+                f"--discard-my-data {name}; on the other node, if it is StandAlone: tandemadm connect {name}. "
+                f"What each side changed, and the whole way out: tandemadm split-brain {name}",
             )  # fmt: skip
         if vol.state.disk == DiskState.NEGOTIATING:
             e.disks.attach_refused(vol, decision.abort)
