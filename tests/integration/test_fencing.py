@@ -101,8 +101,8 @@ def environments(place: Path, node: str) -> dict[str, dict[str, str]]:
 def test_every_handler_of_a_failure_sees_drbds_environment(new_pair: NewPair, recorded: Path) -> None:
     names = ("fence_peer", "unfence_peer", "before_resync_source", "before_resync_target", "after_resync_target",
              "quorum_lost")  # fmt: skip
-    lines = {name: f"env > {recorded}/$DRBD_NODE_ID_X.{name}" for name in names}
-    lines = {name: line.replace("$DRBD_NODE_ID_X", "$TANDEM_NODE") for name, line in lines.items()}
+    # Whole or not at all: a handler that is called a second time must not be seen with half of its variables.
+    lines = {name: f"env > {recorded}/.$$ && mv {recorded}/.$$ {recorded}/$TANDEM_NODE.{name}" for name in names}
     lines["fence_peer"] += "; exit 7"
     pair = new_pair(disk=STONITH, net=FAST, more=handlers(**lines))
     pair.start()
