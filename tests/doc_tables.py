@@ -1,4 +1,4 @@
-"""The tables in docs/ that are generated from the code: `make docs` writes them, a test compares them."""
+"""The pages of docs/ that are generated, from the code and from the lab's results: `make docs` writes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 from tandem.repl import packets, transition, uuids
 
 from tests import role_table, split_brain_table
+from tests.lab import results
 
 DOCS: Final = Path(__file__).resolve().parents[1] / "docs"
 
@@ -98,7 +99,7 @@ def pages() -> dict[str, str]:
     return {
         name: f"{text}{NOTE.format(source=source)}\n\n{table.rstrip()}\n"
         for name, (text, source, table) in sources.items()
-    }
+    } | {"verified.md": results.page()}
 
 
 if __name__ == "__main__":

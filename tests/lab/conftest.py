@@ -1,9 +1,13 @@
-"""The laboratory's fixtures. These tests boot kernels and run only where TANDEM_LAB=1 asks for them."""
+"""The laboratory's fixtures. These tests boot kernels and run only where TANDEM_LAB=1 asks for them.
+
+With TANDEM_LAB_RESULTS the outcome of every test goes into that file, see `results`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +15,13 @@ from .block_host import BlockHost
 from .fenced import Fenced
 from .nodes import KernelNode, TandemNode
 from .pair import SIZE, Pair
-from .uml import Lab
+from .results import Collector, what
+from .uml import Lab, local
 
 collect_ignore_glob = [] if os.environ.get("TANDEM_LAB") == "1" else ["test_*.py"]
+
+collector = Collector()
+versions: dict[str, str] = {}
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +41,13 @@ def two_nodes(lab: Lab) -> Iterator[Pair]:
     disks = [lab.disk(f"tandem{i}", size) for i, size in enumerate(sizes)]
     tandem = TandemNode("tandem", lab.work, disks, lab.work / "tandem.conf")
     kernel.boot()
+    versions.update(
+        {
+            "kernel": kernel.guest.read("/proc/sys/kernel/osrelease").strip(),
+            "drbd": kernel.guest.read("/proc/drbd").split()[1],
+            "drbd-utils": local("dpkg-query", "--show", "--showformat", "${Version}", "drbd-utils"),
+        }
+    )
     try:
         yield Pair(kernel, tandem, config)
     finally:
@@ -102,7 +117,19 @@ def fenced(fenced_hosts: Fenced, request: pytest.FixtureRequest) -> Iterator[Fen
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Remember a failure, so that the fixture prints the logs of both sides."""
+    """Remember a failure, so that the fixture prints the logs of both sides; tell what was verified against what."""
     outcome = yield
-    if call.when == "call" and outcome.get_result().failed:  # type: ignore[attr-defined]
+    report: pytest.TestReport = outcome.get_result()  # type: ignore[attr-defined]
+    if call.when == "call" and report.failed:
         item.failed = True  # type: ignore[attr-defined]
+    report.user_properties += [("what", what(item.obj)), *versions.items()]  # type: ignore[attr-defined]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    collector.note(report)
+
+
+def pytest_sessionfinish() -> None:
+    path = os.environ.get("TANDEM_LAB_RESULTS")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ and collector.cells:
+        collector.save(Path(path))

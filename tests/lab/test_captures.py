@@ -132,6 +132,21 @@ def test_checksums(pair: Pair, side: str, tmp_path: Path) -> None:
 
 
 @SIDES
+def test_resize(pair: Pair, side: str, tmp_path: Path) -> None:
+    """A device that was limited grows on both nodes; *side* is Primary and is told."""
+    with recorded(pair, f"resize-{side}", tmp_path):
+        pair.start("disk { size 32M; }", content="zero", sync="clear")
+        node = pair.node(side)
+        node.adm("primary", RES)
+        pair.configure("disk { size 32832K; }")
+        node.adm("resize", RES)
+        wait(pair.tandem, lambda _: pair.tandem.size() == 32832 << 10, "32832 KiB large")
+        pair.in_sync()
+        node.adm("secondary", RES)
+        end(pair)
+
+
+@SIDES
 def test_verify(pair: Pair, side: str, tmp_path: Path) -> None:
     """Online verify of the first 512 KiB, with one difference."""
     with recorded(pair, f"verify-{side}", tmp_path):

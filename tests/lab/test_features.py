@@ -1,8 +1,6 @@
-"""Options that change what goes over the wire: checksums, thin resync, verify, growth, skips by both."""
+"""Options that change what goes over the wire: checksums, thin resync, verify; skips by both."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,21 +20,45 @@ def test_checksum_resync(pair: Pair, side: str, algorithm: str) -> None:
     source.write(5 * MIB, MIB, seed=1)
     pair.other(source).adm("invalidate", RES)
     pair.in_sync()
-    if not pair.other(source).is_kernel:
-        return  # our target asks for the data themselves, which the peer must serve as well
-    assert any("eliminated: 65496K" in line for line in pair.kernel.log())
+    assert any("eliminated: 65496K" in line for line in pair.other(source).log())
+
+
+@SIDES
+def test_checksums_of_what_differs(pair: Pair, side: str) -> None:
+    """Most blocks that the bitmap names are equal all the same; the others arrive, also while they are written."""
+    pair.start("net { csums-alg sha1; }\n  disk { resync-rate 8M; }", sync="clear")
+    source = pair.node(side)
+    target = pair.other(source)
+    source.adm("primary", RES)
+    target.adm("disconnect", RES)
+    wait_state(source, cs="WFConnection")
+    source.write(0, 24 * MIB, seed=1)
+    with source.disk_file().open("rb") as good, target.disk_file().open("r+b") as old:
+        old.write(good.read(16 * MIB))
+    if target.is_kernel:
+        pair.kernel.guest.sh("blockdev --flushbufs /dev/ubda")
+    target.adm("connect", RES)
+    wait_state(source, cs="SyncSource")
+    source.write(20 * MIB, 64 << 10, seed=2)
+    pair.in_sync()
+    [told] = [line for line in target.log() if "equal checksums" in line]
+    assert 15 << 10 <= int(told.partition("eliminated: ")[2].partition("K")[0]) <= 16 << 10
 
 
 @SIDES
 def test_thin_resync(pair: Pair, side: str) -> None:
-    """Blocks of zeroes are not sent but deallocated at the target."""
+    """Stretches of zeroes are not sent but named, and take no room at the target."""
     pair.start("disk { rs-discard-granularity 65536; }", sync="clear")
     source = pair.node(side)
+    target = pair.other(source)
     source.adm("primary", RES)
     source.zero(0, 16 * MIB)
     source.write(3 * MIB, MIB, seed=1)
-    pair.other(source).adm("invalidate", RES)
+    target.adm("invalidate", RES)
+    wait_state(target, disk="Inconsistent")
     pair.in_sync()
+    if not target.is_kernel:
+        assert target.disk_file().stat().st_blocks * 512 <= 50 * MIB
 
 
 @SIDES
@@ -104,102 +126,3 @@ def test_full_sync_after_skipped_one(pair: Pair, side: str, commands: str) -> No
     pair.other(pair.node(side)).adm("connect", RES)
     pair.in_sync()
     assert pair.resync_counts() == [65496]
-
-
-FAULT_RS_WRITE, FAULT_RS_READ, FAULT_WRITE, FAULT_READ = 1 << 2, 1 << 3, 1 << 4, 1 << 5
-
-
-@pytest.fixture
-def faults(pair: Pair) -> Iterator[Callable[[int], None]]:
-    """Breaks the kernel's disk: fault injection of the driver, every operation of the given kinds fails."""
-
-    def break_disk(kinds: int) -> None:
-        pair.kernel.guest.sh(
-            "cd /sys/module/drbd/parameters && echo 100 > fault_rate && echo 0 > fault_devs &&"
-            f" echo {kinds} > enable_faults"
-        )
-
-    yield break_disk
-    if pair.kernel.guest.running:
-        break_disk(0)
-
-
-def test_kernel_secondary_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
-    """A write that the kernel cannot do: it detaches, our Primary goes on, and after attach all is equal."""
-    pair.start(sync="clear")
-    pair.tandem.adm("primary", RES)
-    faults(FAULT_WRITE)
-    pair.tandem.write(3 * MIB, MIB, seed=1)
-    wait_state(pair.tandem, disk="UpToDate", pdsk="Diskless")
-    wait_state(pair.kernel, disk="Diskless")
-    pair.tandem.write(5 * MIB, MIB, seed=2)
-    faults(0)
-    pair.kernel.adm("attach", RES)
-    pair.in_sync()
-
-
-def test_kernel_primary_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
-    """The kernel Primary loses its disk under load and works on ours, without an error to its application."""
-    pair.start(sync="clear")
-    pair.kernel.adm("primary", RES)
-    pair.kernel.write(0, MIB, seed=1)
-    faults(FAULT_WRITE | FAULT_READ)
-    pair.kernel.fio(
-        "--name=failing", "--rw=randrw", "--bsrange=4k-64k", "--size=8m", "--iodepth=8", "--verify=crc32c",
-        "--verify_fatal=1", "--do_verify=1",
-    )  # fmt: skip
-    wait_state(pair.kernel, disk="Diskless", pdsk="UpToDate")
-    faults(0)
-    pair.kernel.adm("attach", RES)
-    pair.in_sync()
-
-
-def test_kernel_target_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
-    """In the middle of a resync the kernel's disk cannot write: Diskless, connected, and later whole again."""
-    pair.start("disk { resync-rate 4M; }", sync="clear")
-    pair.tandem.adm("primary", RES)
-    pair.kernel.adm("disconnect", RES)
-    wait_state(pair.tandem, cs="WFConnection")
-    pair.tandem.write(0, 12 * MIB, seed=1)
-    pair.kernel.adm("connect", RES)
-    wait_state(pair.tandem, cs="SyncSource")
-    faults(FAULT_RS_WRITE)
-    wait_state(pair.kernel, disk="Diskless")
-    wait_state(pair.tandem, cs="Connected", pdsk="Diskless")
-    faults(0)
-    pair.kernel.adm("attach", RES)
-    pair.in_sync()
-
-
-def test_kernel_source_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
-    """The kernel cannot read what we need: we stay Inconsistent, say so, and get it once it can."""
-    pair.start("disk { resync-rate 4M; }", sync="clear")
-    pair.kernel.adm("primary", RES)
-    pair.tandem.adm("disconnect", RES)
-    wait_state(pair.kernel, cs="WFConnection")
-    pair.kernel.write(0, 12 * MIB, seed=1)
-    pair.tandem.adm("connect", RES)
-    wait_state(pair.kernel, cs="SyncSource")
-    faults(FAULT_RS_READ)
-    wait_state(pair.kernel, disk="Diskless")
-    wait_state(pair.tandem, disk="Inconsistent", pdsk="Diskless")
-    faults(0)
-    pair.kernel.adm("attach", RES, check=False)
-    wait_state(pair.tandem, disk="UpToDate")
-    pair.in_sync()
-
-
-@SIDES
-def test_online_grow(pair: Pair, side: str) -> None:
-    """A device that was limited grows on both nodes while it is in use; only the new part is synced."""
-    pair.start("disk { size 32M; }", sync="clear")
-    assert pair.tandem.size() == 32 * MIB
-    node = pair.node(side)
-    node.adm("primary", RES)
-    node.write(31 * MIB, MIB, seed=1)
-    pair.configure("disk { size 48M; }")
-    node.adm("resize", RES)
-    wait(pair.tandem, lambda _: pair.tandem.size() == 48 * MIB, "48 MiB large")
-    node.write(47 * MIB, MIB, seed=2)
-    pair.in_sync()
-    assert int(pair.kernel.guest.read("/sys/block/drbd0/size")) == 48 * MIB // 512

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-
 import pytest
 
+from .load import Load, busy
 from .nodes import RES, Node, wait, wait_state
 from .pair import MIB, Pair
-from .uml import CommandFailed
 
 FAST = "net { ping-timeout 10; timeout 20; ping-int 1; }"
 SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
@@ -26,33 +23,6 @@ def come_back(pair: Pair, node: Node) -> None:
     if node.is_kernel:
         pair.kernel.boot()
     node.adm("up", RES)
-
-
-class Load:
-    """Writes on a node until it dies."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(CommandFailed, OSError):  # its node dies, as it should
-            self.node.fio(
-                "--name=load", "--rw=randwrite", "--bsrange=4k-64k", "--size=40m", "--io_size=10g", "--iodepth=8",
-                "--fsync=20", "--time_based", "--runtime=60",
-            )  # fmt: skip
-
-    def end(self) -> None:
-        self.thread.join(90)
-        assert not self.thread.is_alive()
-
-
-def busy(node: Node, pair: Pair) -> None:
-    """Wait until the load has left traces on the peer's disk."""
-    path = pair.other(node).disk_file()
-    before = path.stat().st_mtime_ns
-    wait(node, lambda _: path.stat().st_mtime_ns != before, "writing")
 
 
 @SIDES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -74,6 +75,7 @@ def test_many_gaps_in_the_bitmap(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_plain_bitmaps(pair: Pair, side: str) -> None:
+    """The bitmaps are sent as they are."""
     pair.start("net { use-rle no; }", sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
@@ -130,6 +132,7 @@ def test_resync_interrupted(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_writes_during_resync(pair: Pair, side: str) -> None:
+    """An application writes where blocks are on their way."""
     pair.start("disk { resync-rate 6M; }", sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
@@ -191,12 +194,54 @@ def test_secondary_changed_while_away_is_split_brain(pair: Pair) -> None:
 def test_slow_link(pair: Pair, side: str) -> None:
     """Delay on the cable: nothing times out, and it all arrives."""
     pair.start(sync="clear")
-    pair.kernel.guest.netem("delay 20ms rate 200mbit")
-    try:
+    with slow(pair, "delay 20ms rate 200mbit"):
         primary = pair.node(side)
         primary.adm("primary", RES)
         primary.write(0, 4 * MIB, seed=1)
         pair.other(primary).adm("invalidate", RES)
+        wait_state(pair.other(primary), disk="Inconsistent")
         pair.in_sync()
+
+
+@SIDES
+def test_rate_controller(pair: Pair, side: str) -> None:
+    """On a slow link the target's controller keeps below its limit, and applications get through meanwhile."""
+    pair.start("disk { c-plan-ahead 20; c-fill-target 512k; c-max-rate 4M; resync-rate 2M; }", sync="clear")
+    primary = pair.node(side)
+    primary.adm("primary", RES)
+    pair.other(primary).adm("disconnect", RES)
+    wait_state(primary, cs="WFConnection")
+    primary.write(0, 16 * MIB, seed=1)
+    with slow(pair, "delay 10ms rate 100mbit"):
+        pair.other(primary).adm("connect", RES)
+        wait_state(primary, cs="SyncSource")
+        begun = time.monotonic()
+        primary.write(40 * MIB, MIB, seed=2)
+        assert primary.state().cs == "SyncSource", "the application waited for the resync"
+        pair.in_sync()
+        assert time.monotonic() - begun > 2.5, "16 MiB took less time than c-max-rate allows"
+
+
+@contextlib.contextmanager
+def slow(pair: Pair, netem: str) -> Iterator[None]:
+    """The kernel's cable behaves like *netem* says."""
+    pair.kernel.guest.netem(netem)
+    try:
+        yield
     finally:
         pair.kernel.guest.netem("")
+
+
+@SIDES
+def test_two_volumes_resync(pair: Pair, side: str) -> None:
+    """Both volumes have gaps; each gets its own."""
+    pair.start(volumes=2, sync="clear")
+    primary = pair.node(side)
+    primary.adm("primary", RES)
+    pair.other(primary).adm("disconnect", RES)
+    wait_state(primary, cs="WFConnection")
+    primary.write(4 * MIB, 2 * MIB, seed=1)
+    primary.write(40 * MIB, 3 * MIB, seed=2, volume=1)
+    pair.other(primary).adm("connect", RES)
+    pair.in_sync()
+    assert sorted(pair.resync_counts()) == [2 << 10, 3 << 10]

@@ -12,6 +12,20 @@ MIXED = (
     "--name=mixed", "--rw=randwrite", "--bsrange=512-1m", "--blockalign=512", "--size=24m", "--iodepth=16",
     "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=16", "--randseed=7",
 )  # fmt: skip
+VERIFIED = ("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randseed=11")
+SIZES = (512, 1024, 1536, 3584, 4096, 4608, 8192, 12288, 32768, 65536, 130560, 131072, 262144, 524800, 1048064, 1048576)
+EVERY_SIZE = (
+    "--name=sizes", "--rw=write", "--bssplit=" + ":".join(f"{n}/{100 // len(SIZES)}" for n in SIZES),
+    "--bs_unaligned", "--size=16m", "--iodepth=4", "--fsync=8", *VERIFIED,
+)  # fmt: skip
+FORCED = (
+    "--name=forced", "--rw=randwrite", "--bsrange=512-128k", "--blockalign=512", "--size=2m", "--iodepth=4",
+    "--sync=dsync", *VERIFIED,
+)  # fmt: skip
+TRIMS = (
+    "--name=trims", "--rw=randwrite", "--bs=64k", "--size=8m", "--offset=32m", "--iodepth=8", "--trim_percentage=30",
+    "--trim_backlog=8", "--trim_verify_zero=1", *VERIFIED,
+)  # fmt: skip
 
 
 def quiet(pair: Pair, primary: Node) -> None:
@@ -22,11 +36,17 @@ def quiet(pair: Pair, primary: Node) -> None:
 
 @SIDES
 @pytest.mark.parametrize("protocol", ["A", "B", "C"])
-def test_mixed_writes_with_flushes(pair: Pair, side: str, protocol: str) -> None:
+def test_every_kind_of_write(pair: Pair, side: str, protocol: str) -> None:
+    """Every size up to 1 MiB with flushes, writes that are forced to the disk, trims and zeroes, all verified."""
     pair.start(f"net {{ protocol {protocol}; }}", sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
     primary.fio(*MIXED)
+    primary.fio(*EVERY_SIZE)
+    primary.fio(*FORCED)
+    primary.fio(*TRIMS)
+    primary.zero(30 * MIB + 512, 3 * MIB)
+    primary.write(31 * MIB, 64 << 10, seed=5)
     quiet(pair, primary)
 
 
@@ -42,18 +62,8 @@ def test_small_writes_deep_queue(pair: Pair, side: str) -> None:
     quiet(pair, primary)
 
 
-def test_kernel_synchronous_writes(pair: Pair) -> None:
-    """O_DSYNC with O_DIRECT becomes FUA; fsync an empty flush."""
-    pair.start(sync="clear")
-    pair.kernel.adm("primary", RES)
-    pair.kernel.fio(
-        "--name=fua", "--rw=randwrite", "--bsrange=512-64k", "--blockalign=512", "--size=4m", "--sync=dsync",
-        "--iodepth=4", "--verify=crc32c", "--do_verify=1",
-    )  # fmt: skip
-    quiet(pair, pair.kernel)
-
-
-def test_tandem_synchronous_writes(pair: Pair) -> None:
+def test_tandem_forced_writes(pair: Pair) -> None:
+    """FUA on every other write of an NBD client, and flushes between them."""
     pair.start(sync="clear")
     pair.tandem.adm("primary", RES)
     pair.tandem.nbd(
