@@ -68,6 +68,7 @@ def test_writes(pair: Pair, side: str, tmp_path: Path) -> None:
 
 @SIDES
 def test_protocol_b_with_secret(pair: Pair, side: str, tmp_path: Path) -> None:
+    """Protocol B with a shared secret and data-integrity-alg."""
     options = 'net { protocol B; cram-hmac-alg sha1; shared-secret "abc"; data-integrity-alg crc32c; }'
     with recorded(pair, f"protocol-b-{side}", tmp_path):
         pair.start(options, content="zero", sync="clear")
@@ -80,6 +81,7 @@ def test_protocol_b_with_secret(pair: Pair, side: str, tmp_path: Path) -> None:
 
 @SIDES
 def test_bitmap_resync(pair: Pair, side: str, tmp_path: Path) -> None:
+    """Disconnect, a few writes, reconnect: bitmaps and the resync of what they name."""
     with recorded(pair, f"resync-{side}", tmp_path):
         pair.start(content="zero", sync="clear")
         primary = pair.node(side)
@@ -100,6 +102,7 @@ def end_alone(pair: Pair) -> None:
 
 @SIDES
 def test_diskless_reads(pair: Pair, side: str, tmp_path: Path) -> None:
+    """A Primary without its disk reads and writes through the peer, and gets its disk back."""
     with recorded(pair, f"diskless-{side}", tmp_path):
         pair.start(content="zero", sync="clear")
         primary = pair.node(side)
@@ -117,14 +120,15 @@ def test_diskless_reads(pair: Pair, side: str, tmp_path: Path) -> None:
 
 @SIDES
 def test_checksums(pair: Pair, side: str, tmp_path: Path) -> None:
-    """csums-alg on a small resync."""
+    """csums-alg on a small resync: most blocks are written with what they hold already."""
     with recorded(pair, f"checksums-{side}", tmp_path):
         pair.start("net { csums-alg md5; }", content="zero", sync="clear")
         primary = pair.node(side)
         primary.adm("primary", RES)
+        pattern(pair, side, (0, 64 << 10))
         pair.other(primary).adm("disconnect", RES)
         wait_state(primary, cs="WFConnection")
-        pattern(pair, side, (0, 64 << 10))
+        pattern(pair, side, (0, 64 << 10), (1 * MIB, 4096))
         pair.other(primary).adm("connect", RES)
         pair.in_sync()
         primary.adm("secondary", RES)

@@ -12,6 +12,7 @@ SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
 
 @SIDES
 def test_initial_full_sync(pair: Pair, side: str) -> None:
+    """Fresh disks, one node is made Primary by force: everything is copied to the other."""
     pair.start()
     assert pair.settled("Inconsistent", "Inconsistent").oos == 65496
     source = pair.node(side)
@@ -25,6 +26,7 @@ def test_initial_full_sync(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_skip_initial_sync(pair: Pair, side: str) -> None:
+    """Equal disks are declared in sync with new-current-uuid --clear-bitmap: nothing is copied."""
     pair.start(content="same")
     pair.node(side).adm("new-current-uuid", "--clear-bitmap", f"{RES}/0")
     pair.in_sync()
@@ -45,6 +47,7 @@ def refused_for_good(pair: Pair) -> None:
 
 
 def test_right_secret(pair: Pair) -> None:
+    """Both know the secret."""
     pair.start(hmac("the same"), sync="clear")
     pair.in_sync()
 
@@ -62,6 +65,7 @@ def test_wrong_secret(pair: Pair) -> None:
 
 
 def test_wrong_protocol_letter(pair: Pair) -> None:
+    """Protocol C here and A there: they do not come together."""
     pair.prepare("net { protocol C; }", tandem_options="net { protocol A; }")
     pair.kernel.adm("up", RES)
     pair.tandem.adm("up", RES)
@@ -81,7 +85,6 @@ def test_full_sync_of_one_in_use(pair: Pair, side: str, asks: str) -> None:
         source.adm("invalidate-remote", RES)
     else:
         target.adm("invalidate", RES)
-    wait_state(target, disk="Inconsistent")
     source.write(8 << 20, 3 << 20, seed=6)
     pair.in_sync()
     assert pair.resync_counts() == [65496]

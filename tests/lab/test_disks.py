@@ -35,6 +35,7 @@ def test_primary_without_disk(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_fio_without_disk(pair: Pair, side: str) -> None:
+    """Mixed I/O, verified, on a Primary that has only the peer's disk."""
     pair.start(sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
@@ -51,6 +52,7 @@ def test_fio_without_disk(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_secondary_detaches(pair: Pair, side: str) -> None:
+    """The Secondary gives its disk away and takes it back: what was written meanwhile is copied."""
     pair.start(sync="clear")
     secondary = pair.node(side)
     primary = pair.other(secondary)

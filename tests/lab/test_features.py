@@ -55,7 +55,6 @@ def test_thin_resync(pair: Pair, side: str) -> None:
     source.zero(0, 16 * MIB)
     source.write(3 * MIB, MIB, seed=1)
     target.adm("invalidate", RES)
-    wait_state(target, disk="Inconsistent")
     pair.in_sync()
     if not target.is_kernel:
         assert target.disk_file().stat().st_blocks * 512 <= 50 * MIB
@@ -105,6 +104,7 @@ def test_verify_part(pair: Pair, side: str) -> None:
 
 
 def test_verify_without_algorithm(pair: Pair) -> None:
+    """Without verify-alg both refuse to verify."""
     pair.start(sync="clear")
     assert pair.kernel.adm("verify", RES, check=False).rc != 0
     assert pair.tandem.adm("verify", RES, check=False).rc == 11
@@ -119,7 +119,6 @@ def test_full_sync_after_skipped_one(pair: Pair, side: str, commands: str) -> No
     pair.node(commands).adm("new-current-uuid", "--clear-bitmap", f"{RES}/0")
     pair.settled()
     pair.node(side).adm("invalidate", RES)
-    wait_state(pair.node(side), disk="Inconsistent")
     pair.in_sync()
     pair.other(pair.node(side)).adm("disconnect", RES)
     wait_state(pair.node(side), cs="WFConnection")

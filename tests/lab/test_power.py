@@ -91,6 +91,7 @@ def test_secondary_dies(pair: Pair, side: str) -> None:
 @SIDES
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_dies_during_resync(pair: Pair, side: str, role: str) -> None:
+    """The source or the target of a resync dies in the middle of it, and comes back."""
     pair.start(f"{FAST}\n  disk {{ resync-rate 4M; }}", sync="clear")
     victim = pair.node(side)
     source = victim if role == "source" else pair.other(victim)
@@ -108,6 +109,7 @@ def test_dies_during_resync(pair: Pair, side: str, role: str) -> None:
 
 
 def test_both_die(pair: Pair) -> None:
+    """Both nodes die under load."""
     pair.start(FAST, sync="clear")
     pair.tandem.adm("primary", RES)
     load = Load(pair.tandem)

@@ -101,6 +101,7 @@ def test_there_and_back(change: Change, meta: str) -> None:
 
 
 def test_crashed_secondary(change: Change) -> None:
+    """The kernel dies as Secondary; Tandem goes on with its disk, dies too, and the kernel takes the disk back."""
     pair = change.pair
     change.begin("internal")
     change.second.guest.kill()

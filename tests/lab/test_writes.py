@@ -23,8 +23,7 @@ FORCED = (
     "--sync=dsync", *VERIFIED,
 )  # fmt: skip
 TRIMS = (
-    "--name=trims", "--rw=randwrite", "--bs=64k", "--size=8m", "--offset=32m", "--iodepth=8", "--trim_percentage=30",
-    "--trim_backlog=8", "--trim_verify_zero=1", *VERIFIED,
+    "--name=trims", "--rw=randtrimwrite", "--bs=64k", "--size=8m", "--offset=32m", "--iodepth=8", *VERIFIED,
 )  # fmt: skip
 
 
@@ -52,6 +51,7 @@ def test_every_kind_of_write(pair: Pair, side: str, protocol: str) -> None:
 
 @SIDES
 def test_small_writes_deep_queue(pair: Pair, side: str) -> None:
+    """Reads and writes of 4 KiB, 64 at a time."""
     pair.start(sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
@@ -116,6 +116,7 @@ def test_role_switch_under_data(pair: Pair, side: str) -> None:
 
 @SIDES
 def test_two_volumes(pair: Pair, side: str) -> None:
+    """Two volumes in one connection, written one after the other."""
     pair.start(volumes=2, sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)
@@ -129,6 +130,7 @@ def test_two_volumes(pair: Pair, side: str) -> None:
 @SIDES
 @pytest.mark.parametrize("algorithm", ["crc32c", "md5", "sha1"])
 def test_data_integrity(pair: Pair, side: str, algorithm: str) -> None:
+    """Every block travels with its digest."""
     pair.start(f"net {{ data-integrity-alg {algorithm}; }}", sync="clear")
     primary = pair.node(side)
     primary.adm("primary", RES)

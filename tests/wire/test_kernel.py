@@ -40,5 +40,5 @@ def test_what_the_sessions_cover() -> None:
         "P_RS_WRITE_ACK", "P_SYNC_UUID", "P_COMPRESSED_BITMAP", "P_TRIM", "P_ZEROES", "P_STATE_CHG_REQ",
         "P_STATE_CHG_REPLY", "P_CONN_ST_CHG_REQ", "P_PING", "P_PING_ACK", "P_DATA_REQUEST", "P_DATA_REPLY",
         "P_AUTH_CHALLENGE", "P_AUTH_RESPONSE", "P_RECV_ACK", "P_OV_REQUEST", "P_OV_REPLY", "P_OV_RESULT",
-        "P_CSUM_RS_REQUEST",
+        "P_CSUM_RS_REQUEST", "P_RS_IS_IN_SYNC", "P_RS_THIN_REQ", "P_RS_DEALLOCATED",
     }  # fmt: skip
