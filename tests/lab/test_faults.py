@@ -61,7 +61,7 @@ def test_kernel_primary_disk_fails(pair: Pair, faults: Callable[[int], None]) ->
 
 def test_kernel_target_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
     """In the middle of a resync the kernel's disk cannot write: Diskless, connected, and later whole again."""
-    pair.start("disk { resync-rate 4M; }", sync="clear")
+    pair.start("disk { resync-rate 1M; }", sync="clear")
     pair.tandem.adm("primary", RES)
     pair.kernel.adm("disconnect", RES)
     wait_state(pair.tandem, cs="WFConnection")
@@ -73,12 +73,13 @@ def test_kernel_target_disk_fails(pair: Pair, faults: Callable[[int], None]) -> 
     wait_state(pair.tandem, cs="Connected", pdsk="Diskless")
     faults(0)
     pair.kernel.adm("attach", RES)
+    pair.hurry()
     pair.in_sync()
 
 
 def test_kernel_source_disk_fails(pair: Pair, faults: Callable[[int], None]) -> None:
     """The kernel cannot read what we need: we stay Inconsistent, say so, and get it once it can."""
-    pair.start("disk { resync-rate 4M; }", sync="clear")
+    pair.start("disk { resync-rate 1M; }", sync="clear")
     pair.kernel.adm("primary", RES)
     pair.tandem.adm("disconnect", RES)
     wait_state(pair.kernel, cs="WFConnection")
@@ -90,6 +91,7 @@ def test_kernel_source_disk_fails(pair: Pair, faults: Callable[[int], None]) -> 
     wait_state(pair.tandem, disk="Inconsistent", pdsk="Diskless")
     faults(0)
     pair.kernel.adm("attach", RES, check=False)
+    pair.hurry()
     wait_state(pair.tandem, disk="UpToDate")
     pair.in_sync()
 

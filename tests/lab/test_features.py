@@ -26,7 +26,7 @@ def test_checksum_resync(pair: Pair, side: str, algorithm: str) -> None:
 @SIDES
 def test_checksums_of_what_differs(pair: Pair, side: str) -> None:
     """Most blocks that the bitmap names are equal all the same; the others arrive, also while they are written."""
-    pair.start("net { csums-alg sha1; }\n  disk { resync-rate 8M; }", sync="clear")
+    pair.start("net { csums-alg sha1; }\n  disk { resync-rate 2M; }", sync="clear")
     source = pair.node(side)
     target = pair.other(source)
     source.adm("primary", RES)
@@ -40,6 +40,7 @@ def test_checksums_of_what_differs(pair: Pair, side: str) -> None:
     target.adm("connect", RES)
     wait_state(source, cs="SyncSource")
     source.write(20 * MIB, 64 << 10, seed=2)
+    pair.hurry()
     pair.in_sync()
     [told] = [line for line in target.log() if "equal checksums" in line]
     assert 15 << 10 <= int(told.partition("eliminated: ")[2].partition("K")[0]) <= 16 << 10

@@ -92,7 +92,7 @@ def test_secondary_dies(pair: Pair, side: str) -> None:
 @pytest.mark.parametrize("role", ["source", "target"])
 def test_dies_during_resync(pair: Pair, side: str, role: str) -> None:
     """The source or the target of a resync dies in the middle of it, and comes back."""
-    pair.start(f"{FAST}\n  disk {{ resync-rate 4M; }}", sync="clear")
+    pair.start(f"{FAST}\n  disk {{ resync-rate 2M; }}", sync="clear")
     victim = pair.node(side)
     source = victim if role == "source" else pair.other(victim)
     source.adm("primary", RES)
@@ -104,6 +104,7 @@ def test_dies_during_resync(pair: Pair, side: str, role: str) -> None:
     die(pair, victim)
     wait(pair.other(victim), lambda s: s.cs == "WFConnection", "alone")
     come_back(pair, victim)
+    pair.hurry()
     pair.connected()
     pair.in_sync()
 
