@@ -123,6 +123,7 @@ def test_primary_loses_power_and_comes_back(cut: Cut) -> None:
 
 
 def test_primary_loses_power_and_the_other_takes_over(cut: Cut) -> None:
+    """The Primary's host loses power in use; the other goes on with every acknowledged write."""
     cut.begin(cut.anna)
     cut.anna.guest.kill()
     cut.alone(cut.berta)
