@@ -13,6 +13,7 @@ from .nodes import RES, wait, wait_state
 
 
 def test_the_primarys_power_is_cut(fenced: Fenced) -> None:
+    """The Primary's power is cut: the other fences it and goes on."""
     anna, bert = fenced.hosts
     assert not fenced.write(anna, 600, lambda: fenced.power_cut(anna))
     wait(bert, lambda s: s.cs == "WFConnection", "alone")
