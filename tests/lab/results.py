@@ -22,7 +22,8 @@ INTRODUCTION: Final = """\
 # Verified against the kernel
 
 What the tests in `tests/lab` found when they last ran: the kernel's own DRBD in small virtual machines on one side,
-Tandem on the other. Every cell ends with both disks compared byte by byte, with both nodes' states being each
+Tandem on the other (a few have Tandem on both, because they are about hosts that die). Cells are named after the side
+that is Primary, or is asked. A cell ends with both disks compared byte by byte, with both nodes' states being each
 other's counterpart, and with a look at the kernel's log for complaints.
 
 """

@@ -1,4 +1,7 @@
-"""Records sessions with the kernel and decodes every byte; TANDEM_LAB_SAVE=1 keeps them for tests/wire."""
+"""Golden sessions: what goes over the wire, every byte of it decoded.
+
+TANDEM_LAB_SAVE=1 keeps the sessions for tests/wire, where they are decoded without a kernel.
+"""
 
 from __future__ import annotations
 
