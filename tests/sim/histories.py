@@ -52,7 +52,8 @@ def could_be_primary(node: Node, volume: int) -> bool:
 def met(checks: Checks, node: Node, volume: int) -> None:
     """The nodes have met again: what each of them knows of the other's history decides."""
     node.n_meetings += 1
-    node.leaving = node.fenced_once = False
+    if node.connected:  # in all volumes: until then those of before may still answer alone
+        node.leaving = node.fenced_once = False
     ledger, state = checks.w.ledgers[volume], node.state(volume)
     good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
     if not checks.w.peer_of(node).connected:
