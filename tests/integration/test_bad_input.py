@@ -87,11 +87,7 @@ def garbage_metadata(path: Path) -> None:
     overwrite(path, SUPERBLOCK, random.Random(1).randbytes(4096))
 
 
-def truncated(path: Path) -> None:
-    os.truncate(path, SIZE - 8192)
-
-
-@pytest.mark.parametrize("harm", [no_metadata, wrong_magic, garbage_metadata, truncated])
+@pytest.mark.parametrize("harm", [no_metadata, wrong_magic, garbage_metadata])
 def test_a_disk_without_our_metadata_is_not_attached(made: Pair, harm: Callable[[Path], None]) -> None:
     node = made.first
     harm(node.disk)
@@ -103,6 +99,16 @@ def test_a_disk_without_our_metadata_is_not_attached(made: Pair, harm: Callable[
         refused(made, node, "primary", "r0", code=17, says="Need access to UpToDate data")
         made.adm(node, "down", "r0")
         refused(made, node, "dump-md", "r0", code=1, says=str(node.disk))
+    log_of(node)
+
+
+def test_a_disk_that_shrank_is_not_attached(made: Pair) -> None:
+    node = made.first
+    os.truncate(node.disk, SIZE - 8192)
+    with unchanged(node.disk):
+        said = refused(made, node, "up", "r0", code=1, says="(170) Implicit device shrinking not allowed.")
+        assert f"{node.disk} has shrunk from {SIZE} to {SIZE - 8192} bytes" in said
+        made.adm(node, "down", "r0")
     log_of(node)
 
 
