@@ -36,6 +36,7 @@ COMMANDS: Final = (  # each fills VERBS
 )  # fmt: skip
 
 EXIT_USAGE: Final = 1
+EXIT_SYNTAX: Final = 2
 EXIT_CONFIG: Final = 10
 EXIT_ABORT: Final = 20  # from this code on the remaining resources are not tried
 EXIT_INTERRUPTED: Final = 130
@@ -69,7 +70,6 @@ _KINDS: Final[dict[str, dict[str, Any]]] = {
     "text": {"type": str},
     "number": {"type": SectorCount()},
     "seconds": {"type": click.IntRange(min=0)},
-    "count": {"type": click.IntRange(min=1)},
 }
 
 
@@ -151,7 +151,8 @@ def _command(verb: Verb) -> click.Command:
 def _own_option(option: Option) -> click.Option:
     names = [option.name, option.field]
     default = False if option.kind == "flag" else option.default
-    return click.Option(names, help=option.help, default=default, **_KINDS[option.kind])
+    kind = {"type": click.IntRange(min=1, max=option.most)} if option.kind == "count" else _KINDS[option.kind]
+    return click.Option(names, help=option.help, default=default, **kind)
 
 
 def _metavar(verb: Verb) -> str:
@@ -252,8 +253,8 @@ def _group() -> AdmGroup:
 
 def run(argv: list[str]) -> int:
     """Run one command line; the exit code. Everything to say has been said on stdout and stderr."""
+    name = drbd_names.called_as()
     try:
-        name = drbd_names.called_as()
         words = drbd_names.from_drbdsetup(argv) if name == "drbdsetup" else reorder(argv)
         code = _group().main(words, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -263,8 +264,8 @@ def run(argv: list[str]) -> int:
             complain(str(quit_))
         return quit_.code
     except click.UsageError as error:
-        error.show()
-        return 2
+        complain(f"{name}: {' '.join(error.format_message().split())}")
+        return EXIT_SYNTAX
     except (click.Abort, KeyboardInterrupt):
         complain("Interrupted.")
         return EXIT_INTERRUPTED

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from .adm_session import DaemonError, Quit, Session, complain, say, waiting
 from .adm_verbs import Option, verb
 from .client import await_ready
 from .nbd_device import Attachment, NbdError, Place
-from .nbd_keeper import load_state, run
+from .nbd_keeper import LEAVE_IT, load_state, run
 from .process import holder
 from .values import pack
 
@@ -34,32 +33,45 @@ if TYPE_CHECKING:
 CONNECTIONS: Final = 2
 TIMEOUT_S: Final = 15  # a request that waits for a vanished peer is answered after some ten seconds
 DEAD_TIMEOUT_S: Final = 1_000_000  # eleven days; more ticks than that do not fit a kernel of 32 bits
+CONNECTIONS_MAX: Final = 64
+TIMEOUT_MAX_S: Final = 86_400
 END_S: Final = 20.0  # a keeper that asks two silent nodes looks up after four seconds
 ANY_ADDRESS: Final = ("0.0.0.0", "::")
 
 
 @verb(
     "nbd attach", "Show a volume as /dev/nbdN and follow its Primary.",
-    Option("--connections", f"Connections to the Primary ({CONNECTIONS}).", "count", CONNECTIONS),
-    Option("--timeout", f"Seconds after which a request is sent again ({TIMEOUT_S}).", "count", TIMEOUT_S),
-    Option("--dead-timeout", "Seconds without a Primary after which requests fail.", "count", DEAD_TIMEOUT_S),
+    Option("--connections", f"Connections to the Primary ({CONNECTIONS}).", "count", most=CONNECTIONS_MAX),
+    Option("--timeout", f"Seconds after which a request is sent again ({TIMEOUT_S}).", "count", most=TIMEOUT_MAX_S),
+    Option(
+        "--dead-timeout", f"Seconds without a Primary after which requests fail ({DEAD_TIMEOUT_S}).", "count",
+        most=DEAD_TIMEOUT_S,
+    ),
     Option("--foreground", "Stay, and log to stderr."),
     scope="own", names="RESOURCE[/VOLUME] /dev/nbdN",
 )  # fmt: skip
 def attach(
-    session: Session, names: tuple[str, ...], connections: int, timeout: int, dead_timeout: int, foreground: bool
-) -> int:
+    session: Session, names: tuple[str, ...], connections: int | None, timeout: int | None, dead_timeout: int | None,
+    foreground: bool,
+) -> int:  # fmt: skip
     if len(names) != 2:
         raise Quit(1, "Say what to attach, and where: tandemadm nbd attach RESOURCE[/VOLUME] /dev/nbdN")
+    if nbd_device.is_device(names[0]) and not nbd_device.is_device(names[1]):
+        raise Quit(1, f"Say first what to attach, then where: tandemadm nbd attach {names[1]} {names[0]}")
     with _sentences():
         index = nbd_device.device_index(names[1])
         name, places = find_places(session, names[0])
-        attachment = Attachment(name, f"/dev/nbd{index}", tuple(places), connections, timeout, dead_timeout)
+        attachment = Attachment(
+            name, f"/dev/nbd{index}", tuple(places), connections or CONNECTIONS, timeout or TIMEOUT_S,
+            dead_timeout or DEAD_TIMEOUT_S,
+        )  # fmt: skip
         if session.general.dry_run:
             say(f"{name} would be {attachment.device}, served by {' or '.join(map(_where, places))}")
             return 0
         nbd_device.open_driver().close()
-        if _is_kept(session, attachment):
+        is_kept = _is_kept(session, attachment)
+        check_same(session, attachment, is_kept, connections, timeout, dead_timeout)
+        if is_kept:
             say(f"{name} is {attachment.device} already")
             return 0
         if foreground:
@@ -76,13 +88,16 @@ def attach(
 def detach(session: Session, names: tuple[str, ...], force: bool) -> int:
     if len(names) != 1:
         raise Quit(1, "Say what to detach: tandemadm nbd detach {/dev/nbdN|RESOURCE[/VOLUME]}")
-    with _sentences(), contextlib.closing(nbd_device.open_driver()) as netlink:
+    with _sentences():
         index = _attached_index(names[0])
         device, name = f"/dev/nbd{index}", nbd_device.attached_name(index)
         if session.general.dry_run:
             say(f"{device} would no longer be {name}")
             return 0
-        with contextlib.nullcontext() if force else nbd_device.exclusively(device):
+        with contextlib.ExitStack() as held:
+            netlink = held.enter_context(contextlib.closing(nbd_device.open_driver()))
+            if not force:
+                held.enter_context(nbd_device.exclusively(device))
             _end_keeper(session, device)
             nbd_device.release(netlink, name, index)
         session.paths.nbd_device(device, "state").unlink(missing_ok=True)
@@ -186,6 +201,26 @@ def _is_kept(session: Session, attachment: Attachment) -> bool:
     return kept and nbd_device.attached_name(attachment.index) == attachment.name
 
 
+def check_same(
+    session: Session, attachment: Attachment, is_kept: bool, connections: int | None, timeout: int | None,
+    dead_timeout: int | None,
+) -> None:  # fmt: skip
+    """NbdError when options are given that an attached device has otherwise. A new keeper can change its timeouts."""
+    state = load_state(session.paths.nbd_device(attachment.device, "state"))
+    if state is None or nbd_device.attached_name(attachment.index) != attachment.name:
+        return
+    has, device = state.attachment, attachment.device
+    checked = [("connections", connections, has.n_connections)]
+    if is_kept:
+        checked += [("timeout", timeout, has.timeout_s), ("dead-timeout", dead_timeout, has.dead_timeout_s)]
+    for option, given, present in checked:
+        if given is not None and given != present:
+            raise NbdError(
+                f"{device} is attached already, with --{option} {present}; to change that, "
+                f"begin with: tandemadm nbd detach {device}"
+            )
+
+
 def _start(session: Session, attachment: Attachment) -> None:
     """Start a keeper in the background and wait until the device is there. DaemonError says why not."""
     log = session.paths.nbd_device(attachment.device, "log")
@@ -219,7 +254,10 @@ def _attached_index(target: str) -> int:
         if nbd_device.attached_name(index):
             return index
         raise NbdError(f"{target} was not attached with 'tandemadm nbd attach'; see: tandemadm nbd list")
-    found = [index for index in nbd_device.attached() if nbd_device.attached_name(index) == target]
+    names = {index: nbd_device.attached_name(index) for index in nbd_device.attached()}
+    found = [index for index, name in names.items() if name == target] or [
+        index for index, name in names.items() if target in (name.partition("/")[0], f"{name}/0")
+    ]
     if len(found) == 1:
         return found[0]
     devices = " and ".join(f"/dev/nbd{index}" for index in found)
@@ -228,13 +266,13 @@ def _attached_index(target: str) -> int:
 
 
 def _end_keeper(session: Session, device: str) -> None:
-    """Tell the keeper to end and wait for it."""
+    """Tell the keeper to end without a word to the device, and wait for it."""
     pid_file = session.paths.nbd_device(device, "pid")
     pid = holder(pid_file)
     if pid is None:
         return
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, LEAVE_IT)
     deadline = time.monotonic() + END_S
     while holder(pid_file) is not None:
         if time.monotonic() > deadline:

@@ -17,12 +17,16 @@ Run = Callable[..., int]
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a command. *kind* is flag, text, number (sectors with a unit), seconds or count (from 1 on)."""
+    """One option of a command.
+
+    *kind* is flag, text, number (sectors with a unit), seconds, or count (from 1 to *most*).
+    """
 
     name: str
     help: str
     kind: str = "flag"
     default: Any = None
+    most: int | None = None
 
     @property
     def field(self) -> str:

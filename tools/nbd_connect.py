@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import select
 import socket
@@ -23,6 +24,8 @@ from tandem.nbd.codec import TransmissionFlag
 from .nbd_device import Place
 
 ANSWER_S: Final = 2.0  # a living node on a network fit for a block device answers in far less
+# What this host lacks says nothing about the node.
+_OUR_LACK: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 _SIOCOUTQ: Final = 0x5411  # bytes that the other end of a Unix socket has not taken yet, unix(7)
 _ESTABLISHED, _FIN_WAIT1, _FIN_WAIT2 = 1, 4, 5  # tcpi_state, linux/tcp.h: the other end has not closed
 
@@ -63,11 +66,13 @@ class Opened:
 
 
 def open_at(place: Place) -> Opened:
-    """Connect to one place and enter transmission there. Raises Unavailable."""
+    """Connect to one place and enter transmission there. Unavailable, or OSError for what this host lacks."""
     deadline = time.monotonic() + ANSWER_S
     try:
         sock = _connected(place)
     except OSError as error:
+        if error.errno in _OUR_LACK:
+            raise
         raise Unavailable(error.strerror or str(error)) from None
     try:
         return Opened(sock, place, _negotiated(sock, place.export, deadline))

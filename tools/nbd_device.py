@@ -13,18 +13,22 @@ import os
 import re
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from .nbd_netlink import NbdNetlink, NoDriver
+from .nbd_users import in_words, users
 
 SYS_BLOCK: Final = Path("/sys/block")
 LINKS: Final = Path("/dev/drbd/by-res")  # where DRBD's udev rules put the names of resources
 BACKEND: Final = "tandem:"
 MODPROBE_S: Final = 30.0
-_DEVICE: Final = re.compile(r"(?:/dev/)?nbd(\d+)")
+INDEX_MAX: Final = 32767  # 20 bits of minor number, of which the driver keeps 5 for partitions
+LEAVING_S: Final = 2.0  # udev opens a device for a moment whenever somebody who wrote to it has closed it
+_DEVICE: Final = re.compile(r"(?:/dev/)?nbd([0-9]+)")
 
 
 class NbdError(Exception):
@@ -33,6 +37,16 @@ class NbdError(Exception):
     def __init__(self, text: str, code: int = 20) -> None:
         super().__init__(text)
         self.code = code
+
+
+class InUse(NbdError):
+    """A device that somebody uses; *by* says who."""
+
+    def __init__(self, device: str, by: str) -> None:
+        super().__init__(
+            f"{device} is in use by {by}; end that first, or give it errors with: tandemadm nbd detach --force {device}"
+        )
+        self.by = by
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,8 @@ def device_index(name: str) -> int:
     found = _DEVICE.fullmatch(name)
     if found is None:
         raise NbdError(f"{name} is not an nbd device; write for example /dev/nbd0", 1)
+    if len(found[1]) > len(str(INDEX_MAX)) or int(found[1]) > INDEX_MAX:
+        raise NbdError(f"{name} cannot exist; the last nbd device is /dev/nbd{INDEX_MAX}", 1)
     return int(found[1])
 
 
@@ -160,17 +176,20 @@ def make_node(index: int) -> None:
 
 @contextlib.contextmanager
 def exclusively(device: str) -> Iterator[None]:
-    """Hold the device so that nobody can mount it meanwhile. NbdError when somebody has it."""
+    """Hold the device so that nobody can mount it meanwhile. InUse when somebody has it open in whatever way."""
+    disk = SYS_BLOCK / f"nbd{device_index(device)}"
+    deadline = time.monotonic() + LEAVING_S
     try:
         fd = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise NbdError(
-            f"{device} is in use (mounted, or part of another device); end that first, or give it errors "
-            f"with: tandemadm nbd detach --force {device}"
-        ) from None
+        raise InUse(device, in_words(users(disk) or ["a file system or another device"])) from None
     try:
+        while found := users(disk):
+            if time.monotonic() > deadline:
+                raise InUse(device, in_words(found))
+            time.sleep(0.1)
         yield
     finally:
         os.close(fd)
@@ -184,8 +203,10 @@ def link_of(name: str) -> Path:
 
 
 def make_link(name: str, index: int) -> None:
-    """Give the device the name that DRBD's would have. NbdError when another device in use has it."""
+    """Give the device the name that DRBD's would have. NbdError when something else has it."""
     link = link_of(name)
+    if os.path.lexists(link) and not link.is_symlink():
+        raise NbdError(f"{link} is not a link to a device; remove what is in the way")
     with contextlib.suppress(OSError):
         if link.is_block_device() and link.resolve() != Path(f"/dev/nbd{index}") and not _is_stale(link):
             raise NbdError(f"{link} is {link.resolve()} already; end that device first")

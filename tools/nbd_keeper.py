@@ -26,7 +26,7 @@ from typing import Final
 
 from . import nbd_device
 from .nbd_connect import Opened, Unavailable, in_order, open_first, unfit
-from .nbd_device import Attachment, NbdError
+from .nbd_device import Attachment, InUse, NbdError
 from .nbd_netlink import NbdNetlink
 from .paths import NodePaths, PathError
 from .process import Held, hold, tell_ready, tell_starter
@@ -38,6 +38,7 @@ HINTS: Final = 3
 SECTOR: Final = 512  # the smallest block of a Linux block device
 CONNECTED: Final = "Connected"
 WAITING: Final = "Waiting"
+LEAVE_IT: Final = signal.SIGUSR1
 _TIMEVAL: Final = struct.Struct("@ll")
 _MCL_ALL: Final = 3  # MCL_CURRENT | MCL_FUTURE, sys/mman.h
 _PR_SET_IO_FLUSHER: Final = 57  # sys/prctl.h
@@ -133,7 +134,14 @@ class Keeper:
             self._connect(opened)
         except Unavailable as error:
             raise NbdError(
+                f"{opened[0].place.node} takes {len(opened)} of {attachment.n_connections} connections; "
+                f"ask for fewer with --connections: {error}" if opened else
                 f"no node serves {attachment.name} as Primary; promote one with 'tandemadm primary': {error}"
+            ) from None
+        except OSError as error:
+            raise NbdError(
+                f"this host cannot make {attachment.n_connections} connections: {error.strerror}; "
+                "ask for fewer with --connections"
             ) from None
         finally:
             if not self._live:
@@ -328,9 +336,10 @@ def _has_timeout(sock: socket.socket) -> bool:
 
 
 def run(attachment: Attachment, paths: NodePaths, ready: int = -1) -> int:
-    """Keep the device until SIGTERM or SIGINT; the exit code. *ready* is a pipe to whoever waits for us.
+    """Keep the device until a signal; the exit code. *ready* is a pipe to whoever waits for us.
 
-    When the end comes and nobody uses the device, it is detached; one in use is left to the next keeper.
+    SIGTERM and SIGINT: when nobody uses the device, it is detached; one in use is left to the next keeper.
+    LEAVE_IT: whoever sends this takes the device away.
     """
     try:
         paths.make()
@@ -343,7 +352,10 @@ def run(attachment: Attachment, paths: NodePaths, ready: int = -1) -> int:
             keeper.begin()
             tell_ready(ready)
             keeper.keep(signalled)
-            _leave(keeper, netlink)
+            if LEAVE_IT in os.read(signalled, 64):
+                log(attachment.name, f"the keeper ends; {attachment.device} is being detached")
+            else:
+                _leave(keeper, netlink)
             return 0
     except (NbdError, PathError) as error:
         log(attachment.name, str(error))
@@ -367,10 +379,10 @@ def _pid_file(attachment: Attachment, paths: NodePaths) -> Iterator[None]:
 
 
 def _catch_signals() -> int:
-    """A descriptor that becomes readable when this process is told to end."""
+    """A descriptor from which the numbers of the signals can be read that tell this process to end."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, LEAVE_IT):
         signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return reader
@@ -382,8 +394,9 @@ def _leave(keeper: Keeper, netlink: NbdNetlink) -> None:
         with nbd_device.exclusively(attachment.device):
             nbd_device.release(netlink, attachment.name, keeper.index)
             keeper.forget()
-    except (NbdError, OSError):
-        log(attachment.name, f"the keeper ends; {attachment.device} stays, as it is in use. To keep it again: "
+    except (NbdError, OSError) as error:
+        why = f"as it is in use by {error.by}" if isinstance(error, InUse) else f"as this failed: {error}"
+        log(attachment.name, f"the keeper ends; {attachment.device} stays, {why}. To keep it again: "
             f"tandemadm nbd attach {attachment.name} {attachment.device}")  # fmt: skip
     else:
         log(attachment.name, f"{attachment.device} detached")

@@ -20,6 +20,7 @@ from tandem.tools.nbd_netlink import NbdNetlink
 from tests.nbd_serving import MIB, PATIENCE_S, Serving
 from tests.nbd_volume import RamVolume
 from tests.nbd_wire import FLUSH, SIMPLE, request
+from tests.scarcity import no_more_files
 
 SECONDARY = "r0 is Secondary."
 
@@ -306,5 +307,19 @@ def test_no_primary_at_all(driver: Driver, nodes: list[Serving], directory: Path
     nodes[0].volumes[0].refusal = SECONDARY
     keeper = Keeper(Attachment("r0", "/dev/nbd0", tuple(places(nodes)), 2, 2, 99), driver, directory / "state")
     with pytest.raises(NbdError, match=r"no node serves r0 as Primary; .* alice .*: r0 is Secondary; bob"):
+        keeper.begin()
+    assert not driver.slots
+
+
+def test_too_many_connections_are_not_a_missing_primary(
+    driver: Driver, nodes: list[Serving], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = Keeper(Attachment("r0", "/dev/nbd0", tuple(places(nodes)), 3, 2, 99), driver, directory / "state")
+    with no_more_files(), pytest.raises(NbdError, match="this host cannot make 3 connections: Too many open files"):
+        keeper.begin()
+    alice = nodes[0].volumes[0]
+    open_it = alice.open
+    monkeypatch.setattr(alice, "open", lambda writable: "no more" if alice.n_open == 2 else open_it(writable))
+    with pytest.raises(NbdError, match=r"alice takes 2 of 3 connections; ask for fewer .* no more"):
         keeper.begin()
     assert not driver.slots

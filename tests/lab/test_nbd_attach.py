@@ -201,22 +201,77 @@ def test_sentences(attached: BlockHost) -> None:
     assert nobody.rc == 20 and nobody.err == "only root can work with /dev/nbd devices; use sudo.\n", nobody
     again = attached.adm("nbd", "attach", "r0", DEVICE)
     assert again.out == "r0 is /dev/nbd0 already\n"
+    refused(20, "is attached already, with --connections 2;", "attach", "--connections", "4", "r0", DEVICE)
+    refused(2, "is not in the range", "attach", "--timeout", "9" * 23, "r0", DEVICE)
+    refused(1, "the last nbd device is", "attach", "r0", "/dev/nbd999999999999")
+    refused(1, "nbd attach r0 /dev/nbd0", "attach", DEVICE, "r0")
     refused(20, "by-res/r0 is /dev/nbd0 already", "attach", "r0", "/dev/nbd1")
     refused(1, "not an nbd device", "attach", "r0", "/dev/sda")
     refused(1, "'r7' not defined", "attach", "r7", "/dev/nbd1")
     refused(1, "r7 is not attached", "detach", "r7")
     guest.sh(f"mkfs.ext4 -q {DEVICE} && mount {DEVICE} /mnt")
-    refused(20, "is in use", "detach", DEVICE)
+    refused(20, "is in use by the file system mounted on /mnt", "detach", DEVICE)
     guest.sh("umount /mnt")
-    attached.adm("nbd", "detach", "r0")
+    attached.adm("nbd", "detach", "r0/0")
     assert attached.listed() == ""
     guest.sh("! ls /dev/drbd/by-res/r0 2> /dev/null")
+    assert attached.keeper_log().endswith("r0: the keeper ends; /dev/nbd0 is being detached\n")
+    guest.sh("mkdir -p /dev/drbd/by-res && touch /dev/drbd/by-res/r0")
+    refused(20, "remove what is in the way", "attach", "r0", DEVICE)
+    guest.sh("rm /dev/drbd/by-res/r0")
     attached.pair.adm(attached.alice, "secondary", "r0")
     refused(20, "no node serves r0 as Primary", "attach", "r0", DEVICE)
     guest.sh("rmmod nbd && mv /lib/modules /lib/modules.away")
     refused(20, "no nbd driver", "attach", "r0", DEVICE)
     guest.sh("mv /lib/modules.away /lib/modules")
     attached.pair.adm(attached.alice, "primary", "r0")
+
+
+# Writes as a virtual machine does: without O_EXCL.
+USER: Final = """
+import os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
+while True:
+    os.pwrite(fd, os.urandom(4096), 1 << 20)
+    os.fsync(fd)
+    open("/shared/written", "a").write("x")
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("how", ["device", "partition", "swap"])
+def test_a_device_in_use_stays(attached: BlockHost, how: str) -> None:
+    """Who has the device open, exclusively or not, is named by detach and by a keeper that ends, and keeps it."""
+    guest, written = attached.guest, attached.guest.lab.shared / "written"
+    written.write_text("")
+    path = DEVICE
+    if how == "partition":
+        numbers = "$(tr : ' ' < /sys/block/nbd0/nbd0p1/dev)"
+        guest.sh(f"addpart {DEVICE} 1 2048 8192; [ -b {DEVICE}p1 ] || mknod {DEVICE}p1 b {numbers}")
+        path = f"{DEVICE}p1"
+    if how == "swap":
+        guest.sh(f"mkswap -q {DEVICE} && swapon {DEVICE}")
+        user = f"swap on {DEVICE}"
+    else:
+        pid = guest.spawn("python3", "-c", USER, path)
+        attached.wait(lambda: written.stat().st_size > 2, "writing")
+        user = f"pid {pid} (python3)"
+    refused = attached.adm("nbd", "detach", "r0", check=False)
+    assert refused.rc == 20 and f"{DEVICE} is in use by {user}; end that first" in refused.err, refused
+    assert refused.err.count("\n") == 1 and "state:Connected" in attached.listed()
+    guest.sh(f"kill {attached.keeper_pid()}")
+    attached.wait(lambda: "without a keeper" in attached.listed(), "left alone")
+    assert f"{DEVICE} stays, as it is in use by {user}. " in attached.keeper_log()
+    attached.attach()
+    restart(attached, attached.alice, signal.SIGTERM)
+    if how == "swap":
+        guest.sh(f"swapoff {DEVICE}")
+    else:
+        n_written = written.stat().st_size
+        attached.wait(lambda: written.stat().st_size > n_written + 2, "writing after a restart")
+        guest.end(pid)
+    attached.adm("nbd", "detach", "r0")
+    assert attached.listed() == "" and not attached.errors()
 
 
 def test_foreground_keeper_ends_with_its_device(block_host: BlockHost) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from tandem.nbd.client_negotiation import Terms
 from tandem.tools import adm, nbd_device
-from tandem.tools.adm_nbd import find_places
+from tandem.tools.adm_nbd import check_same, find_places
 from tandem.tools.adm_session import General, Quit, Session
 from tandem.tools.nbd_connect import Opened, Unavailable, in_order, open_first, unfit
 from tandem.tools.nbd_device import Attachment, NbdError, Place
+from tandem.tools.nbd_keeper import KeeperState, save_state
 from tandem.tools.nbd_netlink import attribute, attributes, connected_devices, sockets
+
+from tests.scarcity import no_more_files
 
 CONFIG = """\
 global { disable-ip-verification; }
@@ -81,9 +84,62 @@ def test_what_cannot_be_attached(tmp_path: Path, target: str, code: int, part: s
 
 
 def test_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for words in (["attach", "r0"], ["detach"], ["list", "r0"], ["frobnicate"]):
+    for words in (["attach", "r0"], ["detach"], ["list", "r0"]):
         assert adm.run(["nbd", *words]) == 1
         assert capfd.readouterr().err.count("\n") == 1
+    assert adm.run(["nbd", "frobnicate"]) == 1
+    assert "Unknown command 'nbd frobnicate'" in capfd.readouterr().err
+    assert adm.run(["nbd", "attach", "/dev/nbd3", "r0"]) == 1
+    assert capfd.readouterr().err.endswith("then where: tandemadm nbd attach r0 /dev/nbd3\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "most"), [("--connections", 64), ("--timeout", 86400), ("--dead-timeout", 1000000)]
+)
+def test_numbers_have_limits(capfd: pytest.CaptureFixture[str], option: str, most: int) -> None:
+    for number in ("0", "-1", "x", str(most + 1), "9" * 30):
+        assert adm.run(["nbd", "attach", f"{option}={number}", "r0", "/dev/nbd0"]) == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1 and f"'{option}'" in said and number in said
+    assert f"1<=x<={most}" in said
+
+
+def shown(directory: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A kernel in which these volumes are /dev/nbd0, /dev/nbd1 and so on."""
+    monkeypatch.setattr(nbd_device, "SYS_BLOCK", directory / "sys")
+    for index, name in enumerate(names):
+        (directory / "sys" / f"nbd{index}").mkdir(parents=True)
+        (directory / "sys" / f"nbd{index}" / "backend").write_text(f"tandem:{name}\n")
+
+
+def test_what_to_detach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A dry run needs neither a driver nor root."""
+    monkeypatch.setattr(nbd_device, "open_driver", pytest.fail)
+    shown(tmp_path, monkeypatch, "r0", "r1/0", "r1/1", "r2/1")
+    for target, device in (("r0", 0), ("r0/0", 0), ("r1/0", 1), ("r1/1", 2), ("r2", 3), ("/dev/nbd2", 2)):
+        assert adm.run(["-d", "nbd", "detach", target]) == 0
+        assert capfd.readouterr().out.startswith(f"/dev/nbd{device} would no longer be ")
+    for target, part in (("r1", "r1 is /dev/nbd1 and /dev/nbd2; name the device"), ("r0/1", "not attached"),
+                         ("r2/0", "not attached"), ("/dev/sda", "not attached"), ("/dev/nbd9", "was not attached")):
+        assert adm.run(["nbd", "detach", target]) in (1, 20)
+        said = capfd.readouterr().err
+        assert part in said and said.count("\n") == 1
+
+
+def test_other_options_than_those_of_an_attached_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown(tmp_path, monkeypatch, "r0")
+    here = session(tmp_path, "alpha")
+    wanted = Attachment("r0", "/dev/nbd0", (), 2, 15, 1000000)
+    file = here.paths.nbd_device("/dev/nbd0", "state")
+    file.parent.mkdir(parents=True)
+    save_state(file, KeeperState(wanted, 0))
+    check_same(here, wanted, True, None, None, None)
+    check_same(here, wanted, True, 2, 15, 1000000)
+    check_same(here, wanted, False, 2, 7, 7)  # a new keeper changes the timeouts
+    for given, part in (((4, None, None), "--connections 2"), ((None, 7, None), "--timeout 15"),
+                        ((None, None, 7), "--dead-timeout 1000000")):
+        with pytest.raises(NbdError, match=f"attached already, with {part}; .* nbd detach /dev/nbd0"):
+            check_same(here, wanted, True, *given)
 
 
 def test_dry_run_attaches_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +158,11 @@ def test_device_names() -> None:
     for name in ("/dev/nbd0p1", "/dev/sda", "nbd", "/dev/nbdx"):
         with pytest.raises(NbdError, match="not an nbd device"):
             nbd_device.device_index(name)
+    assert nbd_device.device_index("/dev/nbd32767") == 32767
+    for number in ("32768", "9" * 5000):
+        with pytest.raises(NbdError, match="the last nbd device is /dev/nbd32767") as error:
+            nbd_device.device_index(f"/dev/nbd{number}")
+        assert error.value.code == 1
 
 
 def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +175,11 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert link.is_symlink()
     nbd_device.remove_link("r0/1", 6)
     assert not link.parent.exists()
+    nbd_device.LINKS.mkdir(exist_ok=True)
+    nbd_device.link_of("r0").write_text("precious")
+    with pytest.raises(NbdError, match="by-res/r0 is not a link to a device; remove"):
+        nbd_device.make_link("r0", 5)
+    assert nbd_device.link_of("r0").read_text() == "precious"
 
 
 # ----------------------------------------------------------------------------------------- exports
@@ -139,6 +205,11 @@ def test_all_reasons_are_named(tmp_path: Path) -> None:
     places = [Place(name, "r0", path=str(tmp_path / name)) for name in "ab"]
     with pytest.raises(Unavailable, match=r"^a \(.*/a\): No such file or directory; b "):
         open_first(places)
+
+
+def test_what_this_host_lacks_is_not_the_nodes_fault(tmp_path: Path) -> None:
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        open_first([Place("a", "r0", path=str(tmp_path / "a"))])
 
 
 @pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
