@@ -28,6 +28,7 @@ RES: Final = "r0"
 WAIT_S: Final = 90.0  # generous: the machine may be busy with other things
 PORT: Final = 7788
 UNCONFIGURED: Final = "Unconfigured"
+BAD_WORDS: Final = ("BAD!", "ASSERT", "unexpected", "bogus", "sock was reset by peer", "BUG:", "Oops")
 
 _PROC_LINE: Final = re.compile(
     r"^\s*(\d+): cs:(\w+)(?: ro:(\w+)/(\w+) ds:(\w+)/(\w+) .*?)?$(?:\n\s+ns:.*? oos:(\d+))?", re.MULTILINE
@@ -130,6 +131,7 @@ class KernelNode:
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self.name = guest.name
+        self._before: list[str] = []  # what the kernels said that lost their power
 
     @property
     def address(self) -> str:
@@ -181,6 +183,22 @@ class KernelNode:
 
     def log(self) -> list[str]:
         return self.guest.kernel_log()
+
+    def cut_power(self) -> None:
+        """The host is off from one moment to the next; what its kernel said until then counts as said."""
+        self._before += self.log()
+        self.guest.kill()
+
+    def clear_log(self) -> None:
+        """Forget what the kernel said so far."""
+        self._before.clear()
+        if self.guest.running:
+            self.guest.clear_kernel_log()
+
+    def complaints(self) -> list[str]:
+        """Lines with `BAD_WORDS` since `clear_log`, power cuts or not."""
+        said = self._before + (self.log() if self.guest.running else [])
+        return [line for line in said if any(word in line for word in BAD_WORDS)]
 
 
 class TandemNode:

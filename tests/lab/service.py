@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from .host import Host
-from .nodes import PORT, RES, WAIT_S, wait_state
-from .pair import BAD_WORDS, differences
+from .nodes import BAD_WORDS, PORT, RES, WAIT_S, wait_state
+from .pair import differences
 from .store_load import PORT as STORE_PORT
 from .store_load import Broken, Load
 from .uml import HERE, Lab

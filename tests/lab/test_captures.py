@@ -98,6 +98,21 @@ def test_bitmap_resync(pair: Pair, side: str, tmp_path: Path) -> None:
         end_alone(pair)
 
 
+@SIDES
+def test_plain_bitmaps(pair: Pair, side: str, tmp_path: Path) -> None:
+    """Disconnect, a few writes, reconnect with use-rle no: bitmaps travel as they are."""
+    with recorded(pair, f"plain-{side}", tmp_path):
+        pair.start("net { use-rle no; }", content="zero", sync="clear")
+        primary = pair.node(side)
+        primary.adm("primary", RES)
+        primary.adm("disconnect", RES)
+        pattern(pair, side, (0, 4096), (8 * MIB, 64 << 10))
+        primary.adm("connect", RES)
+        pair.in_sync()
+        primary.adm("secondary", RES)
+        end(pair)
+
+
 def end_alone(pair: Pair) -> None:
     for node in (pair.kernel, pair.tandem):
         node.adm("down", RES)
@@ -140,7 +155,7 @@ def test_checksums(pair: Pair, side: str, tmp_path: Path) -> None:
 
 @SIDES
 def test_resize(pair: Pair, side: str, tmp_path: Path) -> None:
-    """A device that was limited grows on both nodes; *side* is Primary and is told."""
+    """A device that was limited grows on both nodes; the Primary is told."""
     with recorded(pair, f"resize-{side}", tmp_path):
         pair.start("disk { size 32M; }", content="zero", sync="clear")
         node = pair.node(side)

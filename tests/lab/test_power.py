@@ -14,7 +14,7 @@ SIDES = pytest.mark.parametrize("side", ["kernel", "tandem"])
 
 def die(pair: Pair, node: Node) -> None:
     if node.is_kernel:
-        pair.kernel.guest.kill()
+        pair.kernel.cut_power()
     else:
         pair.tandem.kill()
 
@@ -115,7 +115,7 @@ def test_both_die(pair: Pair) -> None:
     pair.tandem.adm("primary", RES)
     load = Load(pair.tandem)
     busy(pair.tandem, pair)
-    pair.kernel.guest.kill()
+    pair.kernel.cut_power()
     pair.tandem.kill()
     load.end()
     pair.kernel.boot()

@@ -26,6 +26,29 @@ TRIMS = (
     "--name=trims", "--rw=randtrimwrite", "--bs=64k", "--size=8m", "--offset=32m", "--iodepth=8", *VERIFIED,
 )  # fmt: skip
 
+FORCED_BY_NBD = """
+import nbd, random
+r = random.Random(3)
+MIB = 1 << 20
+wanted = bytearray(b"".join(h.pread(MIB, at * MIB) for at in range(24)))
+for i in range(90):
+    n, at = 512 * r.choice([1, 2, 7, 8, 9, 64, 255, 2048]), 512 * r.randrange(40000)
+    flags = nbd.CMD_FLAG_FUA if i % 2 else 0
+    if i % 9 == 7:
+        h.zero(n, at, flags)
+        wanted[at:at + n] = bytes(n)
+    elif i % 9 in (4, 8):
+        h.trim(n, at, flags)
+        wanted[at:at + n] = h.pread(n, at)
+    else:
+        wanted[at:at + n] = data = r.randbytes(n)
+        h.pwrite(data, at, flags)
+    if i % 5 == 0:
+        h.flush()
+for at in range(24):
+    assert h.pread(MIB, at * MIB) == wanted[at * MIB:(at + 1) * MIB], f"MiB {at} reads differently"
+"""
+
 
 def quiet(pair: Pair, primary: Node) -> None:
     """With protocol A and B the last writes may be on their way; demotion waits for them."""
@@ -62,17 +85,12 @@ def test_small_writes_deep_queue(pair: Pair, side: str) -> None:
     quiet(pair, primary)
 
 
-def test_tandem_forced_writes(pair: Pair) -> None:
-    """FUA on every other write of an NBD client, and flushes between them."""
-    pair.start(sync="clear")
+@pytest.mark.parametrize("protocol", ["A", "B", "C"])
+def test_tandem_forced_writes(pair: Pair, protocol: str) -> None:
+    """FUA on every other write, zeroing and trim of an NBD client, flushes between them, all of it read back."""
+    pair.start(f"net {{ protocol {protocol}; }}", sync="clear")
     pair.tandem.adm("primary", RES)
-    pair.tandem.nbd(
-        "import nbd, random\nr = random.Random(3)\n"
-        "for i in range(60):\n"
-        " n = 512 * r.choice([1, 2, 7, 8, 9, 64, 255, 2048])\n"
-        " h.pwrite(r.randbytes(n), 512 * r.randrange(40000), nbd.CMD_FLAG_FUA if i % 2 else 0)\n"
-        " if i % 5 == 0: h.flush()\n"
-    )
+    pair.tandem.nbd(FORCED_BY_NBD)
     quiet(pair, pair.tandem)
 
 
