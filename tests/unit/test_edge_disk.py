@@ -301,6 +301,8 @@ def test_reads_without_rwf_nowait_are_timed_on_the_loop(path: Path, monkeypatch:
     async def test(bench: Bench) -> None:
         monkeypatch.setattr(os, "preadv", unsupported)
         monkeypatch.setattr(disk_module, "SLOW_S", 60.0)
+        monkeypatch.setattr(disk_module, "HOLD_FACTOR", 1e9)  # however short the wait was, its hold lasts
+        monkeypatch.setattr(disk_module, "WATCH_S", 60.0)
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert not bench.device.nowait
         monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # from now on everything is slow …
