@@ -38,7 +38,7 @@ from .compiled import batches
 from .replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from .slices import PIECES_MAX, Incoming, Sliced
 
-INFLIGHT_BYTES_MAX: Final = 32 << 20  # of one session in the machine; 10 GbE carries 12 MB in 10 ms
+INFLIGHT_BYTES_MAX: Final = 16 << 20  # of one session in the machine; 10 GbE carries 12 MB in 10 ms
 REQUESTS_MAX: Final = 2048  # of one session unanswered; the Linux client has at most 128
 DISCARD_MAX: Final = 64 << 20  # a longer payload of a refused write is not worth reading
 

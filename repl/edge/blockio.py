@@ -54,6 +54,13 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def give_memory_back() -> None:
+    """Let the kernel have what the heap keeps: for rare moments, such as the end of a resync."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def room(length: int) -> memoryview:
     """A writable buffer of *length* bytes; nobody spends time on filling a long one with zeroes."""
     return memoryview(bytearray(length)) if length < LONG else numpy.empty(length, numpy.uint8).data

@@ -42,7 +42,7 @@ from tandem.repl.events import (
 )
 from tandem.repl.requests import DiskOp, Owner, Request
 
-from .blockio import keep_memory
+from .blockio import give_memory_back, keep_memory
 from .clock import entropy
 from .disk import Disk
 from .export import ReplicatedVolume
@@ -290,6 +290,7 @@ class Runtime:
         if changed:
             self._snapshot = self.engine.status()
             news = [item for item in news if not isinstance(item, StateChanged)] + changed[:1]
+            give_memory_back()  # what a resync or a client that has gone needed
         for callback in tuple(self._subscribers):
             callback(news)
 
