@@ -72,7 +72,8 @@ class Decision:
     *split_brain*: the two histories diverged, solved or not. *helpers* are to be called in this order.
     *demote_self*: the policy chose the peer's data, provided that this node can be demoted first; try that
     before anything else of the decision, and if it is refused decide again with ``demotion_failed``.
-    *yields*: after an unresolved split brain, who is to be fenced if anybody is ("self" or "peer").
+    *yields*: when both nodes want to go on and can not together, who is to be fenced if anybody is ("self" or
+    "peer"): after an unresolved split brain, and of a Primary that should take the peer's data.
     *own* and *peer* replace both sets, also after an abort. *log* does not repeat the sentence of *abort*.
     """
 
@@ -334,6 +335,7 @@ def _check_direction(f: DecisionFacts, draft: _Draft) -> None:
         return
     if f.rr_conflict == "call-pri-lost":
         draft.helpers.append("pri-lost")
+    draft.yields = "self"  # the peer takes over the connection that follows, and finds it lost
     draft.abort = "This node should become SyncTarget, but it is Primary with good data (see rr-conflict)"
 
 

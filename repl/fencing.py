@@ -21,9 +21,16 @@ class FencingRoom:
 
     def __init__(self, engine: Engine) -> None:
         self.e = engine
-        # Who waits for the handler that runs, and how many connections had been established when each began to.
+        # Who waits for a handler's answer, and at which count of `_meetings` each began to.
         self._waiting: list[tuple[int, Callable[[bool], None]]] = []
-        self._yields = False  # this node has lost a split brain
+        self._called: int | None = None  # the count at which the handler that runs was called
+        self._n_partings = 0  # split brains
+        self._parting = False  # one is being met: the loss of the connection is not that of a peer
+
+    @property
+    def _meetings(self) -> int:
+        """How often the peer has been heard of: what a handler does counts for the loss it was called for."""
+        return self.e.n_established + self._n_partings
 
     @property
     def policy(self) -> Fencing:
@@ -40,7 +47,7 @@ class FencingRoom:
     def peer_lost(self) -> None:
         """The connection of a Primary went: call the handler if the policy wants it, in the background."""
         volumes = self.e.volumes.values()
-        if self._yields or not any(
+        if self._parting or not any(
             v.state.role == Role.PRIMARY and v.state.pdsk >= DiskState.D_UNKNOWN for v in volumes
         ):
             return
@@ -59,44 +66,61 @@ class FencingRoom:
                 self.e.note(None, "Not fencing peer, I'm not even Consistent myself.", level="warning")
             then(not wanted)
             return
-        self._waiting.append((self.e.n_established, then))
-        if len(self._waiting) == 1:  # else the handler runs already, and one answer is enough
+        self._waiting.append((self._meetings, then))
+        if self._called is None:  # else the handler runs already, and one at a time is enough
+            self._called = self._meetings
             self.e.run_handler("fence-peer", None, self._exited)
 
     def _exited(self, code: int) -> None:
         """The handler's word counts for those who have waited since before it was called."""
+        called, self._called = self._called, None
         waiting, self._waiting = self._waiting, []
-        began = waiting[0][0]
-        if began == self.e.n_established and not self.e.connected:
+        if called == self._meetings and not self.e.connected:
             ok = self._outcome(code)
             for _, then in waiting:
                 then(ok)
             return
         self.e.note(None, f"fence-peer returned {code}, but the peer is back: ignored", level="warning")
-        for connects, then in waiting:
-            if connects == began or self.e.connected:
+        for since, then in waiting:
+            if since == called or self.e.connected:
                 then(False)
             else:  # the peer came back and was lost again: nobody has fenced it since
                 self.fence(then)
 
     def split_brain(self, yields: str, why: str) -> None:
-        """Part from the peer after a split brain that nobody could solve: one node's ``fence-peer`` is called
-        for the other one, which *yields* ("self" or "peer") and leaves the peer alone.
+        """Part from a peer that has a history of its own: one node's ``fence-peer`` is called for the other one,
+        which *yields* ("self" or "peer") and leaves the peer alone.
 
         Without a fencing policy both only part. Who yields ends Outdated, or as a Primary with its I/O
-        frozen under resource-and-stonith, until it is fenced.
+        frozen under resource-and-stonith, until it is fenced. What is known of the peer's disk, and a handler
+        that runs, are of a time before: the peer has written since.
         """
-        self._yields = yields == "self" and self.policy != Fencing.DONT_CARE
+        if self.policy == Fencing.DONT_CARE:
+            self.e.stand_alone(why)
+            return
+        self._n_partings += 1
+        self._parting = True
         self.e.stand_alone(why)
-        primary = any(v.state.role == Role.PRIMARY for v in self.e.volumes.values())
-        if yields == "peer" and primary and self.policy != Fencing.DONT_CARE and not self._waiting:
-            self.fence(lambda ok: None)  # it was believed to be Outdated, and has written all the same
-        if self._yields:
-            self.e.note(None, "split brain: this node yields, and is to be fenced by its peer", level="error")
+        self._parting = False
+        volumes = self.e.volumes.values()
+        primary = any(v.state.role == Role.PRIMARY for v in volumes)
+        for vol in volumes:
+            self.e.change(vol, replace(vol.state, pdsk=DiskState.D_UNKNOWN), hard=True, why="split brain")
+        if yields == "self":
+            self._give_way(primary)
+        elif primary:
+            self.fence(lambda ok: None)
+
+    def _give_way(self, primary: bool) -> None:
+        """The peer goes on; nobody may become Primary here who has asked to."""
+        self.e.note(None, "split brain: this node yields, and is to be fenced by its peer", level="error")
+        if not primary:
             for vol in self.e.volumes.values():
-                if vol.state.role == Role.SECONDARY and vol.state.disk > DiskState.OUTDATED:
+                if vol.state.disk > DiskState.OUTDATED:
                     self.e.change(vol, replace(vol.state, disk=DiskState.OUTDATED), hard=True, why="split brain")
-        self._yields = False
+        waiting, self._waiting = self._waiting, []
+        for _, then in waiting:
+            then(False)
 
     def _outcome(self, code: int) -> bool:
         volumes = list(self.e.volumes.values())

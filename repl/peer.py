@@ -347,7 +347,7 @@ class Peer:
             return ConnState.CONNECTED, DiskState.DISKLESS
         if e.link.peer_dry_run and not e.tentative:
             e.drop(ConnState.PROTOCOL_ERROR, "the peer only asked what would happen")
-        elif decision.yields:
+        elif decision.yields and not e.tentative:
             e.fencing.split_brain(decision.yields, decision.abort)
         else:
             e.stand_alone(decision.abort)

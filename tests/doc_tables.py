@@ -62,9 +62,11 @@ without it both nodes are StandAlone, the `split-brain` handler runs, and the lo
 Unresolved, with `fencing resource-only` or `resource-and-stonith`, a node that is Primary runs its `fence-peer` handler
 once for the node that must yield: the Secondary if there is one; of two Primaries the one whose data `after-sb-0pri`
 would give up, or else the one that changed less. Who yields leaves the peer alone; a Secondary is Outdated then, and
-under `resource-and-stonith` a Primary waits with its I/O frozen. Both nodes reach the same answer by themselves. If
-nobody is Primary nobody writes, and nobody is fenced. The outcome is in `status`, as the state of the peer's disk and
-as `suspended:fencing`, and in the log.
+under `resource-and-stonith` a Primary waits with its I/O frozen. The one that fences is frozen too, until the handler
+has answered; what either had been told of the peer's disk, and a handler called before they met, do not count any more.
+Both nodes reach the same answer by themselves. If nobody is Primary nobody writes, and nobody is fenced. A Primary that
+is refused because it should take the peer's data yields in the same way. The outcome is in `status`, as the state of
+the peer's disk and as `suspended:fencing`, and in the log.
 
 """
 

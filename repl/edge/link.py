@@ -26,6 +26,7 @@ BACKLOG_HIGH: Final = 32 << 20  # unsent bytes at which front ends pause: about 
 BACKLOG_LOW: Final = 16 << 20  # carries in 25 ms; they go on when half of it is gone
 LAST_RECEIVES_MAX: Final = 64  # from the other socket, when one has ended
 LINGER_STEP_S: Final = 0.01
+OTHER_END_S: Final = 1.0  # for the peer's other socket to end: a packet that was lost has been sent again by then
 
 
 class Machine(Protocol):
@@ -43,12 +44,13 @@ Guard = Callable[..., None]  # guard(function, *arguments)
 class _Pair:
     """An established link."""
 
-    __slots__ = ("data", "from_data", "from_meta", "meta", "ticket", "to_data", "to_meta")
+    __slots__ = ("data", "ended", "from_data", "from_meta", "meta", "ticket", "to_data", "to_meta")
 
     def __init__(self, ticket: int, data: socket.socket, meta: socket.socket) -> None:
         self.ticket = ticket
         self.data = data
         self.meta = meta
+        self.ended: bool | None = None  # the socket the peer has closed (True for meta), while the other is heard
         self.from_data: Receiver
         self.from_meta: Receiver
         self.to_data: Sender
@@ -123,7 +125,7 @@ class Link:
         """Stop or go on reading the data socket. The meta socket is always read."""
         if holding is not self._holding:
             self._holding = holding
-            if self._pair is not None:
+            if self._pair is not None and self._pair.ended is not False:
                 if holding:
                     self._loop.remove_reader(self._pair.data)
                 else:
@@ -183,15 +185,29 @@ class Link:
 
     def _receive(self, pair: _Pair, meta: bool) -> None:
         """Hand on what has arrived on one socket: once per wake-up, everything that is there."""
-        if pair is not self._pair:
+        if pair is not self._pair or meta is pair.ended:
             return
         try:
             if (pair.from_meta if meta else pair.from_data).receive():
                 return
-            why = f"the peer closed the {_name(meta)} socket"
         except OSError as error:
-            why = f"the {_name(meta)} socket failed: {error.strerror}"
-        self._lose(pair, meta, why)
+            self._lose(pair, meta, f"the {_name(meta)} socket failed: {error.strerror}")
+            return
+        if pair.ended is None:
+            self._one_ended(pair, meta)
+        else:
+            self._both_ended(pair)
+
+    def _one_ended(self, pair: _Pair, meta: bool) -> None:
+        """The peer has closed one socket. What it said on the other one before may be late on its way, and decide
+        who is right: it is heard until it ends as well, for a moment at most."""
+        pair.ended = meta
+        self._loop.remove_reader(pair.meta if meta else pair.data)
+        self._loop.call_later(OTHER_END_S, self._guard, self._both_ended, pair)
+
+    def _both_ended(self, pair: _Pair) -> None:
+        assert pair.ended is not None
+        self._lose(pair, pair.ended, f"the peer closed the {_name(pair.ended)} socket")
 
     def _lose_soon(self, pair: _Pair, meta: bool, error: OSError) -> None:
         """Sending failed. The machine hears of it in a wake-up of its own, not in the midst of a flush."""

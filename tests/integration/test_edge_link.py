@@ -352,6 +352,29 @@ def test_the_end_of_either_socket_is_one_loss_after_everything_was_heard() -> No
     run(test)
 
 
+def test_what_the_other_socket_says_late_is_heard_before_the_loss() -> None:
+    """Two streams on one network: the end of one may overtake the last words on the other."""
+
+    async def test() -> None:
+        for meta in (False, True):
+            node = Node(pair_of_configs()[0])
+            node.link.connect(1, node.config)
+            socks = [await dial(node.config, DATA), await dial(node.config, META)]
+            await node.up(1)
+            early, late = socks if not meta else socks[::-1]
+            early.shutdown(socket.SHUT_WR)
+            await asyncio.sleep(0.1)  # time to notice; more of it would change nothing but the reason
+            assert len(node.events) == 1
+            late.send(b"who is right")
+            late.close()
+            lost = await node.lost()
+            assert lost.meta is meta and b"who is right" in (node.data, node.meta)
+            early.close()
+            await node.link.stop()
+
+    run(test)
+
+
 def test_last_words_arrive_before_the_end() -> None:
     async def test() -> None:
         one, two = await connected()

@@ -167,6 +167,11 @@ def test_what_after_sb_0pri_says_counts_for_who_yields_where_it_was_not_asked() 
     assert decide(replace(f, after_sb_0pri=AfterSb.DISCARD_YOUNGER_PRIMARY)).yields == "peer"
 
 
+def test_a_primary_that_should_take_the_peers_data_yields() -> None:
+    decision = decide(facts(BEHIND, AHEAD, own_primary=True, peer_primary=True))
+    assert decision.conn is None and decision.yields == "self" and not decision.split_brain
+
+
 def test_nobody_yields_when_it_is_solved() -> None:
     assert decide(split(own_discard=True)).yields == "" and decide(facts(AHEAD, BEHIND)).yields == ""
     assert decide(split(own_primary=True, demotion_failed=True)).yields == "self"

@@ -13,6 +13,7 @@ from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import Packet, pack_state_reply
 
 from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.pair import GENERATIONS
 
 P, D = Packet, DiskState
 STONITH: dict[str, object] = {"fencing": Fencing.RESOURCE_AND_STONITH}
@@ -312,3 +313,111 @@ def test_without_a_policy_a_split_brain_only_parts() -> None:
         lone.engine.fencing.split_brain(yields, "split brain")
         lone.settle()
         assert lone.conn() == ConnState.STAND_ALONE and lone.local_disk() == D.UP_TO_DATE and not fenced(lone)
+
+
+# A peer that is Primary as well and has a history of its own.
+RIVAL = replace(PEER_SECONDARY, role=Role.PRIMARY)
+
+
+def meets_rival(lone: Lone, bits: int = 1000) -> None:
+    """The rival has changed so many blocks; we have changed two."""
+    lone.connect(RIVAL, uuids=(0xB000, GENERATIONS[0], 0, 0), bits=bits)
+    assert lone.conn() == ConnState.STAND_ALONE
+
+
+def outdated_peer(policy: dict[str, object]) -> Lone:
+    """A Primary with a history of its own, whose handler has said that the peer is out."""
+    lone, _ = lost(policy)
+    exits(lone, 4)
+    assert not lone.state.suspended and lone.state.pdsk == D.OUTDATED
+    lone.forget_keep_connect()
+    return lone
+
+
+def test_who_yields_is_frozen_although_its_peer_was_called_outdated() -> None:
+    """It was told so, and the peer has written all the same: from now on nothing is answered here."""
+    lone = outdated_peer(STONITH)
+    meets_rival(lone)
+    assert not fenced(lone) and lone.state.susp_fen and lone.state.pdsk == D.D_UNKNOWN
+    r = lone.submit(Op.WRITE, 4096)
+    lone.settle()
+    assert r not in lone.done
+
+
+def test_the_winner_is_frozen_until_the_other_one_is_out() -> None:
+    lone = outdated_peer(STONITH)
+    meets_rival(lone, bits=0)
+    assert lone.state.susp_fen
+    exits(lone, 7)
+    assert not lone.state.suspended and lone.state.pdsk == D.OUTDATED
+
+
+@pytest.mark.parametrize("policy", [STONITH, RESOURCE_ONLY])
+def test_a_handler_called_before_does_not_speak_for_who_yields(policy: dict[str, object]) -> None:
+    """It was called when the peer was lost, and answers after the peer was met and has won."""
+    lone, _ = lost(policy)
+    running = lone.handler("fence-peer")
+    lone.forget_keep_connect()
+    meets_rival(lone)
+    lone.handle(HandlerExited(running.ticket, 4))
+    lone.settle()
+    assert lone.state.pdsk == D.D_UNKNOWN and lone.state.susp_fen == (policy is STONITH) and not fenced(lone)
+
+
+def test_who_yields_does_not_fence_again_after_a_second_loss() -> None:
+    """The handler that runs is of the first loss; the second one would have it called again."""
+    lone, _ = lost(RESOURCE_ONLY)
+    running = lone.handler("fence-peer")
+    lone.engine.n_established += 1  # the peer came and went
+    lone.engine.fencing.peer_lost()
+    lone.forget_keep_connect()
+    meets_rival(lone)
+    lone.handle(HandlerExited(running.ticket, 4))
+    lone.settle()
+    assert not fenced(lone) and lone.state.pdsk == D.D_UNKNOWN
+
+
+def test_the_winners_handler_that_runs_does_not_speak_for_this_meeting_either() -> None:
+    lone, _ = lost(RESOURCE_ONLY)
+    running = lone.handler("fence-peer")
+    lone.forget_keep_connect()
+    meets_rival(lone, bits=0)
+    assert not fenced(lone), "one at a time"
+    lone.handle(HandlerExited(running.ticket, 4))
+    lone.settle()
+    assert lone.state.pdsk > D.OUTDATED
+    exits(lone, 7)
+    assert lone.state.pdsk == D.OUTDATED
+
+
+def test_a_frozen_primary_that_meets_newer_data_shoots_nobody() -> None:
+    """It has written nothing alone: no split brain, but the peer is Primary, and this node is in its way."""
+    lone, r = lost(STONITH)
+    exits(lone, 1)
+    lone.forget_keep_connect()
+    meets_rival(lone)
+    assert not fenced(lone) and lone.state.susp_fen and r not in lone.done
+
+
+def test_a_promotion_that_waits_on_who_yields_is_refused() -> None:
+    lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",)).as_secondary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    ticket = lone.command("primary")
+    running = lone.handler("fence-peer")
+    lone.vol.uuids = replace(lone.vol.uuids, bitmap=lone.vol.uuids.current, current=0xA000)
+    meets_rival(lone)
+    refused = lone.answered(ticket)
+    assert refused not in (None, "done") and lone.local_disk() == D.OUTDATED
+    lone.handle(HandlerExited(running.ticket, 4))
+    lone.settle()
+    assert lone.state.role == Role.SECONDARY and lone.local_disk() == D.OUTDATED
+
+
+def test_a_rehearsal_fences_and_outdates_nobody() -> None:
+    for bits in (0, 1000):
+        lone = outdated_peer(RESOURCE_ONLY)
+        assert lone.run("disconnect", force=True) == "done"
+        assert lone.run("connect", tentative=True) == "done"
+        meets_rival(lone, bits)
+        assert not fenced(lone) and lone.state.pdsk == D.OUTDATED
