@@ -167,6 +167,7 @@ class Source:
         self.e.write_superblock(vol, None)
         if vol.meta is not None:
             vol.meta.write_changed()
+        self.e.run_handler("after-resync-source", vol, None)
         if self.e.fenced_policy and all(
             v.state.disk == v.state.pdsk == DiskState.UP_TO_DATE for v in self.e.volumes.values()
         ):

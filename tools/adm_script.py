@@ -17,6 +17,7 @@ from tandem.repl.config import VolumeConfig
 from .adm_live import on_role
 from .adm_session import Quit, Session, Target, complain, say
 from .adm_verbs import VERBS, verb
+from .conf_options import HANDLER_NAMES
 from .status import sh_status
 
 UTILS_VERSION: Final = (9, 22, 0)  # the drbd-utils whose commands and outputs these are
@@ -189,12 +190,6 @@ def _named(session: Session, names: tuple[str, ...]) -> list[str] | None:
 
 # ----------------------------------------------------------------------------------------- handlers
 
-HANDLERS: Final = (
-    "fence-peer", "unfence-peer", "before-resync-source", "before-resync-target", "after-resync-target",
-    "initial-split-brain", "split-brain", "pri-lost-after-sb", "pri-lost", "pri-on-incon-degr",
-    "local-io-error", "out-of-sync", "quorum-lost", "disconnected",
-)  # fmt: skip
-
 
 def call_handler(name: str, session: Session, target: Target) -> int:
     """Run a handler as the daemon would; its exit code, 0 when none is configured."""
@@ -215,6 +210,6 @@ def call_handler(name: str, session: Session, target: Target) -> int:
         return 20
 
 
-for _name in HANDLERS:
+for _name in HANDLER_NAMES:
     if _name != "split-brain":  # this name is also a command of ours, which asks how we were called
         verb(_name, "Run this handler.", scope="volume", hidden=True)(partial(call_handler, _name))

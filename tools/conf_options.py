@@ -270,7 +270,7 @@ NET: Final = _table(
 HANDLER_NAMES: Final = (
     "pri-on-incon-degr", "pri-lost-after-sb", "pri-lost", "initial-split-brain", "split-brain",
     "local-io-error", "fence-peer", "unfence-peer", "before-resync-source", "before-resync-target",
-    "after-resync-target", "out-of-sync", "quorum-lost", "disconnected",
+    "after-resync-source", "after-resync-target", "out-of-sync", "quorum-lost", "disconnected",
 )  # fmt: skip
 HANDLERS: Final = {
     name: OptionSpec(name, Kind.STRING, support=_LATER if name in ("quorum-lost", "disconnected") else

@@ -143,13 +143,14 @@ class Node:
 class Pair:
     """Two nodes; *a* is to be the primary."""
 
-    def __init__(self, directory: Path, net: NetOptions = NET) -> None:
+    def __init__(self, directory: Path, net: NetOptions = NET, **handlers: str) -> None:
         ends = [Endpoint("ipv4", host, free_port(host)) for host in ("127.0.0.1", "127.0.0.2")]
         nodes = []
         for i, name in enumerate("ab"):
             disk = VolumeConfig(0, 0, "/dev/drbd0", str(directory / name), disk_options=DiskOptions())
             config = ResourceConfig(
-                "r0", name, "ba"[i], ends[i], ends[1 - i], (disk,), net, node_id=i, peer_node_id=1 - i
+                "r0", name, "ba"[i], ends[i], ends[1 - i], (disk,), net, node_id=i, peer_node_id=1 - i,
+                handlers={event.replace("_", "-"): line for event, line in handlers.items()},
             )
             nodes.append(Node(config, seed=i))
         self.a, self.b = nodes

@@ -99,8 +99,8 @@ def environments(place: Path, node: str) -> dict[str, dict[str, str]]:
 
 
 def test_every_handler_of_a_failure_sees_drbds_environment(new_pair: NewPair, recorded: Path) -> None:
-    names = ("fence_peer", "unfence_peer", "before_resync_source", "before_resync_target", "after_resync_target",
-             "quorum_lost")  # fmt: skip
+    names = ("fence_peer", "unfence_peer", "before_resync_source", "before_resync_target", "after_resync_source",
+             "after_resync_target", "quorum_lost")  # fmt: skip
     # Whole or not at all: a handler that is called a second time must not be seen with half of its variables.
     lines = {name: f"env > {recorded}/.$$ && mv {recorded}/.$$ {recorded}/$TANDEM_NODE.{name}" for name in names}
     lines["fence_peer"] += "; exit 7"
@@ -117,7 +117,7 @@ def test_every_handler_of_a_failure_sees_drbds_environment(new_pair: NewPair, re
     said(pair, alice, "helper command: unfence-peer [exit code 0]")
     said(pair, bob, "helper command: after-resync-target [exit code 0]")
     mine, theirs = environments(recorded, "alice"), environments(recorded, "bob")
-    assert set(mine) == {"fence_peer", "unfence_peer", "before_resync_source"}
+    assert set(mine) == {"fence_peer", "unfence_peer", "before_resync_source", "after_resync_source"}
     assert set(theirs) == {"before_resync_target", "after_resync_target"}
     for name, env in (mine | theirs).items():
         assert env["DRBD_RESOURCE"] == "r0" and env["DRBD_MINOR"] == "0" and env["DRBD_CONF"] == str(pair.config)

@@ -39,7 +39,8 @@ async def verified(pair: Pair, kib: int) -> None:
 async def up(directory: Path, protocol: str = "C", verify_alg: str = "crc32c") -> Pair:
     create(directory / "a", content=random.Random(5).randbytes(20 * MIB))
     create(directory / "b")
-    pair = Pair(directory, replace(NET, protocol=protocol, verify_alg=verify_alg))
+    net = replace(NET, protocol=protocol, verify_alg=verify_alg)
+    pair = Pair(directory, net, out_of_sync="echo $DRBD_RESOURCE/$DRBD_VOLUME differs")
     await pair.up()
     await pair.primary()
     return pair
@@ -66,6 +67,8 @@ def test_planted_differences_are_found_while_writing(tmp_path: Path, asks: str, 
             await client.do(Op.WRITE, offset, 4096, draw.randbytes(4096))
         await verified(pair, 12)
         assert any("found 3 4k blocks" in line for line in node.log)
+        for each in (pair.a, pair.b):
+            await each.until(lambda: any("out-of-sync: r0/0 differs" in line for line in each.log))  # noqa: B023
         pair.a.runtime.volume(0).close(True)
         await pair.b.ok("disconnect")
         await pair.b.ok("connect")
@@ -85,7 +88,7 @@ def test_equal_disks_are_found_equal(tmp_path: Path, asks: str) -> None:
         await node.ok("verify")
         await node.until(lambda: any("Online verify done" in line for line in node.log))
         await verified(pair, 0)
-        assert not any("out of sync" in line for line in node.log)
+        assert not any("out of sync" in line or "out-of-sync" in line for line in node.log)
         await down(pair)
 
     uvloop.run(main())

@@ -30,6 +30,7 @@ from tandem.repl.events import (
 from tandem.repl.link import MARK_AT, OUR_MARK
 from tandem.repl.metadata import MdFlag, Superblock, layout
 from tandem.repl.requests import DiskOp, Op, Request
+from tandem.repl.settings import said
 from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.units import n_bits_of
 from tandem.repl.wire import (
@@ -37,7 +38,6 @@ from tandem.repl.wire import (
     HEADER80,
     Features,
     Packet,
-    Protocol,
     QueueLimits,
     Sizes,
     SyncParam,
@@ -275,9 +275,7 @@ class Lone:
         return bytes(offer)
 
     def protocol(self, **fields: Any) -> bytes:
-        letter = "ABC".index(self.config.net.protocol) + 1
-        alg = self.config.net.data_integrity_alg
-        return replace(Protocol(letter, 0, 0, 0, 0, 0, alg), **fields).pack()
+        return replace(said(self.config.net), **fields).pack()
 
     def parameters(
         self, state: State = PEER_SECONDARY, uuids: tuple[int, int, int, int] = GENERATIONS, bits: int = 0,

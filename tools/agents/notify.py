@@ -67,6 +67,7 @@ EVENTS: Final = {
         "is behind {peer}",
         "This node begins to take over what it lacks from {peer}; until that is done its disk is Inconsistent.",
     ),
+    "after-resync-source": ("has brought {peer} up to date", "This node has copied everything {peer} lacked."),
     "after-resync-target": ("has caught up with {peer}", "This node has taken over everything it lacked from {peer}."),
     "fence-peer": ("lost {peer}", "This node is Primary, or is to be, and cannot reach {peer}."),
     "unfence-peer": ("has {peer} back", "Both nodes are UpToDate again."),
