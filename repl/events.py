@@ -176,18 +176,28 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Helper:
+    """A handler was called, or has ended with exit *code*. *volume* is None for the fencing handlers."""
+
+    name: str
+    volume: int | None
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Notify:
     """Something the operator may want to know, printed once.
 
     *subject* is the resource or ``resource/volume``; *text* is DRBD's phrase
     (``conn( Connecting -> Connected )``); *why* names the rule or the cause, and may be empty.
-    *level* is info, warning or error.
+    *level* is info, warning or error. *helper* is the same for programs, when it is about a handler.
     """
 
     subject: str
     text: str
     why: str = ""
     level: str = "info"
+    helper: Helper | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,9 @@ def _follow(client: Client, verdict: Verdict, limit_s: float, show: Show | None 
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             return EXIT_TIMEOUT
-        following = client.next_status(left)
+        following = client.following(left)
         if following is not None:
-            status = following[0]
+            status = following.status
 
 
 # ------------------------------------------------------------------------------------ wait-connect
@@ -320,10 +320,12 @@ class _Follower:
         events = self._printer.events
         try:
             while True:
-                following = client.next_status(0.001 if not client.buffered() else None)
+                following = client.following(0.001 if not client.buffered() else None)
                 if following is None:
                     break
-                self._printer.lines(events.update(following[0], poll=following[1]))
+                self._printer.lines(events.update(following.status, poll=following.poll))
+                if following.helper is not None:
+                    self._printer.lines([events.helper(following.status, following.helper)])
                 if not client.buffered():
                     break
         except DaemonError:

@@ -16,12 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tandem.repl.config import ResourceConfig
 from tandem.repl.errors import Refusal
-from tandem.repl.events import ResourceStatus
+from tandem.repl.events import Helper, ResourceStatus
 
 from .paths import NodePaths, PathError, check_socket_path
 from .process import try_lock
@@ -45,6 +46,15 @@ class DaemonError(Exception):
 
 class NotRunning(DaemonError):
     """Nobody listens on the control socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """One event after `Client.subscribe`: the status then. *poll*: it answers one; *helper*: what a handler did."""
+
+    status: ResourceStatus
+    poll: bool = False
+    helper: Helper | None = None
 
 
 class Client:
@@ -108,20 +118,20 @@ class Client:
         return self._refusal(self._ask({"do": "reconfigure", "config": pack(config)}, COMMAND_S, tick))
 
     def subscribe(self) -> ResourceStatus:
-        """Ask for events; the present status. What follows is read with `next_status`."""
+        """Ask for events; the present status. What follows is read with `following`."""
         return self._status(self._ask({"do": "events"}))
 
     def poll(self) -> None:
         """Ask for a status among the events; it is marked as an answer to a poll."""
         self._send({"do": "poll"})
 
-    def next_status(self, limit_s: float | None) -> tuple[ResourceStatus, bool] | None:
-        """The next status and whether it answers a poll; None when none came within *limit_s*.
-
-        DaemonError when the daemon has ended.
-        """
+    def following(self, limit_s: float | None) -> Following | None:
+        """The next event; None when none came within *limit_s*. DaemonError when the daemon has ended."""
         message = self._receive(limit_s)
-        return None if message is None else (self._status(message), bool(message.get("poll")))
+        if message is None:
+            return None
+        helper = unpack(Helper, message["helper"]) if "helper" in message else None
+        return Following(self._status(message), bool(message.get("poll")), helper)
 
     def buffered(self) -> bool:
         """Is a whole message here already, so that waiting on the descriptor would be wrong?"""

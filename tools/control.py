@@ -8,6 +8,7 @@ request has the key ``do``; each is answered by one line, in order for quick req
     {"do": "command", "name": …, "volume": …, "args": {}}  {"refusal": null} or {"refusal": Refusal}
     {"do": "reconfigure", "config": ResourceConfig}        the same
     {"do": "events"}                                       {"status": …} now and after every change
+                                                           with "helper": Helper when a handler began or ended
     {"do": "poll"}                                         {"status": …, "poll": true}
 
 What cannot be understood is answered by ``{"error": sentence}``, and the connection is closed. Only
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tandem.repl.errors import Refusal
-from tandem.repl.events import ResourceStatus
+from tandem.repl.events import Helper, ResourceStatus
 
 from .paths import check_socket_path
 from .values import Json, pack
@@ -117,10 +118,10 @@ class ControlServer:
         self._selector.register(self._wake_r, selectors.EVENT_READ, None)
         self._thread.start()
 
-    def publish(self, status: ResourceStatus) -> None:
-        """Send *status* to all readers of events. May be called from any thread."""
+    def publish(self, status: ResourceStatus, helper: Helper | None = None) -> None:
+        """Send *status* to all readers of events, with what a handler did. May be called from any thread."""
         if self._n_subscribers:
-            self._call(lambda: self._publish(status))
+            self._call(lambda: self._publish(status, helper))
 
     def stop(self) -> None:
         """Send the answers that are due, close everything, remove the socket. Blocks LINGER_S at most.
@@ -280,9 +281,9 @@ class ControlServer:
 
     # -------------------------------------------------------------------------------- writing
 
-    def _publish(self, status: ResourceStatus) -> None:
+    def _publish(self, status: ResourceStatus, helper: Helper | None = None) -> None:
         self._syncing = is_syncing(status)
-        line = {"status": pack(status)}
+        line = {"status": pack(status)} | ({"helper": pack(helper)} if helper else {})
         for client in [c for c in self._clients if c.wants_events]:
             if len(client.outbox) > BACKLOG_MAX:
                 client.behind = True

@@ -373,6 +373,8 @@ class Daemon:
         said = [item.text for item in batch if isinstance(item, Notify)]
         status = self.runtime.status()
         self.journal.note(status, "; ".join(said))
+        for helper in [item.helper for item in batch if isinstance(item, Notify) and item.helper]:
+            self.control.publish(status, helper)
         if changed:
             if status.connection.connection == "Connected":
                 self._why_alone = LINKED

@@ -210,9 +210,9 @@ class Pair:
         with self.client(node) as client:
             status = client.subscribe()
             while not predicate(status):
-                following = client.next_status(max(deadline - time.monotonic(), 0.001))
+                following = client.following(max(deadline - time.monotonic(), 0.001))
                 if following is not None:
-                    status = following[0]
+                    status = following.status
                 elif time.monotonic() >= deadline:
                     raise Waited(f"{node.name}: not {what} after {limit_s:.0f} s: {status}\n{self.logs(20)}")
         return status

@@ -3,14 +3,15 @@
 Pure: `Events` remembers what was shown last for each resource and turns the next status into lines in
 drbdsetup 9's form and order: resource, connection, devices, then per connection its peer devices and
 paths; what vanished is destroyed in the reverse order. A line is printed when a state changed; counters
-come along with it when statistics are wanted, and alone only in answer to a poll.
+come along with it when statistics are wanted, and alone only in answer to a poll. A handler has a line when it is
+called and one when it has ended; of those that are not configured, which DRBD calls to no effect, nothing is said.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tandem.repl.events import ConnectionStatus, PeerVolumeStatus, ResourceStatus, VolumeStatus
+from tandem.repl.events import ConnectionStatus, Helper, PeerVolumeStatus, ResourceStatus, VolumeStatus
 
 from .status import peer_statistics, volume_statistics, yes_no
 
@@ -59,6 +60,17 @@ class Events:
     def gone(self, name: str) -> list[str]:
         """Lines for a resource that is no more (its daemon ended)."""
         return _destroyed(self._shown.pop(name, []))
+
+    def helper(self, status: ResourceStatus, helper: Helper) -> str:
+        """The line of a handler that was called, or has answered: its status is that of wait(2)."""
+        name = _peer_name(status.name, status.connection)
+        for volume in status.volumes:
+            if volume.number == helper.volume:
+                name |= {"volume": str(volume.number), "minor": str(volume.minor)}
+        keys = {"helper": helper.name}
+        if helper.code is None:
+            return _line("call", Thing("helper", name, {}), keys)
+        return _line("response", Thing("helper", name, {}), keys | {"status": str(helper.code << 8)})
 
     def names(self) -> list[str]:
         """The resources shown and not gone."""

@@ -20,10 +20,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from tandem.repl.config import ResourceConfig
-from tandem.repl.events import Event, HandlerExited, Notify, ResourceStatus, RunHandler
+from tandem.repl.events import Event, HandlerExited, Helper, Notify, ResourceStatus, RunHandler
 
 TIME_LIMIT_S: Final = 600.0  # drbdadm's cmd-timeout-long
 KILL_AFTER_S: Final = 5.0  # between SIGTERM and SIGKILL at the time limit
@@ -141,10 +142,12 @@ class Handlers:
                 _signal_group(process, signal.SIGKILL)
 
     def _run(self, effect: RunHandler, command: str, env: dict[str, str], subject: str) -> None:
-        self._notify(Notify(subject, f"helper command: {effect.name}", command))
+        calls = Helper(effect.name, effect.volume)
+        self._notify(Notify(subject, f"helper command: {effect.name}", command, helper=calls))
         code = self._call(effect, command, env, subject)
         if not self._stopped:
-            self._notify(Notify(subject, f"helper command: {effect.name} [exit code {code}]"))
+            ended = replace(calls, code=code)
+            self._notify(Notify(subject, f"helper command: {effect.name} [exit code {code}]", helper=ended))
             self._report(HandlerExited(effect.ticket, code))
 
     def _call(self, effect: RunHandler, command: str, env: dict[str, str], subject: str) -> int:

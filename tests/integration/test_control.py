@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from tandem.repl.errors import Refusal
-from tandem.repl.events import ConnectionStatus, PeerVolumeStatus, ResourceStatus
-from tandem.tools.client import Client, DaemonError, NotRunning, is_running, resource_lock
+from tandem.repl.events import ConnectionStatus, Helper, PeerVolumeStatus, ResourceStatus
+from tandem.tools.client import Client, DaemonError, Following, NotRunning, is_running, resource_lock
 from tandem.tools.control import LINE_MAX, ControlServer, Done, refusal_answer
 from tandem.tools.paths import NodePaths, PathError
 from tandem.tools.values import Json
@@ -187,11 +187,14 @@ def test_events_bring_every_change_in_order(
         roles = ["Primary", "Secondary", "Primary"]
         for role in roles:
             server.publish(replace(STATUS, role=role))
-        seen = [client.next_status(10) for _ in roles]
-        assert [(status.role, polled) for status, polled in filter(None, seen)] == [(r, False) for r in roles]
+        seen = [client.following(10) for _ in roles]
+        assert seen == [Following(replace(STATUS, role=role)) for role in roles]
+        helper = Helper("fence-peer", None, 7)
+        server.publish(STATUS, helper)
+        assert client.following(10) == Following(STATUS, helper=helper)
         client.poll()
-        assert client.next_status(10) == (STATUS, True)
-        assert client.next_status(0.05) is None
+        assert client.following(10) == Following(STATUS, poll=True)
+        assert client.following(0.05) is None
 
 
 def test_a_running_resync_is_published_without_a_state_change(
@@ -203,8 +206,8 @@ def test_a_running_resync_is_published_without_a_state_change(
         client.subscribe()
         further = replace(syncing, done=2.0)
         daemon.now = replace(STATUS, connection=replace(STATUS.connection, volumes=(further,)))
-        seen = [client.next_status(10), client.next_status(10)]
-        assert seen[1] == (daemon.now, False)
+        seen = [client.following(10), client.following(10)]
+        assert seen[1] == Following(daemon.now)
 
 
 def test_a_reader_that_does_not_read_gets_the_last_state_in_the_end(
@@ -218,9 +221,9 @@ def test_a_reader_that_does_not_read_gets_the_last_state_in_the_end(
             server.publish(daemon.now)
         scores: list[int] = []
         while not scores or scores[-1] != changes - 1:
-            following = client.next_status(10)
+            following = client.following(10)
             assert following is not None, f"nothing came after {scores[-1:]}"
-            scores.append(following[0].promotion_score)
+            scores.append(following.status.promotion_score)
         assert scores == sorted(scores)
         assert len(scores) < changes
 
@@ -232,7 +235,7 @@ def test_the_end_of_the_daemon_ends_the_events(paths: NodePaths, daemon: FakeDae
         client.subscribe()
         server.stop()
         with pytest.raises(DaemonError, match="the daemon ended"):
-            client.next_status(10)
+            client.following(10)
     assert not paths.control("r0").exists()
 
 

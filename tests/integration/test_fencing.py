@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,8 +134,15 @@ def test_io_is_frozen_until_the_handler_answers_and_nothing_else_is(new_pair: Ne
     pair = new_pair(disk=STONITH, net=FAST, more=handlers(fence_peer=held.line))
     pair.start()
     alice, bob = pair.first, pair.second
+    words = pair.command(alice, "events2", "r0")
+    events = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert events.stdout is not None
+    lines = iter(events.stdout.readline, "")
+    assert "exists -\n" in lines
     pair.kill(bob)
     held.called()
+    helper = f"helper name:r0 peer-node-id:{pair.status(alice).connection.node_id} conn-name:bob helper:fence-peer"
+    assert f"call {helper}\n" in lines
     writer = Writer(alice)
     assert frozen(pair.wait(alice, "frozen", frozen))
     assert "suspended:fencing" in pair.adm(alice, "status", "r0")
@@ -144,6 +152,9 @@ def test_io_is_frozen_until_the_handler_answers_and_nothing_else_is(new_pair: Ne
     held.exits(R.PEER_STONITHED)
     writer.join(60)
     assert writer.error == 0
+    assert f"response {helper} status:{7 << 8}\n" in lines
+    events.terminate()
+    events.communicate()
     assert thawed(pair.status(alice)) and pair.status(alice).connection.volumes[0].peer_disk == "Outdated"
 
 

@@ -1,7 +1,7 @@
 """Which handlers the machine has run, when and for which volume: those of a split brain, of a resync, of a verify.
 
-`fence-peer` is in test_fencing, `unfence-peer` and `pri-on-incon-degr` in test_aftermath, `local-io-error` in test_disks,
-and what the answers of `before-resync-source` and `before-resync-target` do in test_resync.
+`fence-peer` is in test_fencing, `unfence-peer` and `pri-on-incon-degr` in test_aftermath, `local-io-error` in
+test_disks, and what the answers of `before-resync-source` and `before-resync-target` do in test_resync.
 """
 
 from __future__ import annotations

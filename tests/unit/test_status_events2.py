@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tandem.repl.events import ConnectionStatus, PeerVolumeStatus, ResourceStatus, VolumeStatus
+from tandem.repl.events import ConnectionStatus, Helper, PeerVolumeStatus, ResourceStatus, VolumeStatus
 from tandem.tools.events2 import Events
 
 PEER_VOLUME = PeerVolumeStatus(
@@ -128,6 +128,19 @@ def test_resync_progress_is_a_change() -> None:
     assert events.update(further) == [
         "change peer-device name:r0 peer-node-id:1 conn-name:beta volume:0 done:13.00"
     ]
+
+
+def test_a_handler_has_a_line_when_it_is_called_and_when_it_has_ended() -> None:
+    """Those of a volume name it; the status is the one wait(2) gives, as in DRBD."""
+    events = Events(full=True, diff=True)
+    assert [events.helper(STATUS, Helper(*helper)) for helper in (
+        ("before-resync-source", 0), ("before-resync-source", 0, 0), ("fence-peer", None), ("fence-peer", None, 9),
+    )] == [
+        "call helper name:r0 peer-node-id:1 conn-name:beta volume:0 minor:0 helper:before-resync-source",
+        "response helper name:r0 peer-node-id:1 conn-name:beta volume:0 minor:0 helper:before-resync-source status:0",
+        "call helper name:r0 peer-node-id:1 conn-name:beta helper:fence-peer",
+        "response helper name:r0 peer-node-id:1 conn-name:beta helper:fence-peer status:2304",
+    ]  # fmt: skip
 
 
 def test_a_resource_that_is_gone_is_destroyed_from_its_ends() -> None:
