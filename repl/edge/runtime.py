@@ -280,7 +280,9 @@ class Runtime:
         if disk.backlog or self._disk_full:
             self._watch_disk()
         self._look_soon()
-        if not disk.n_out:  # a worker needs the interpreter to end, and takes longer than it is worth waiting
+        if disk.n_out:  # a worker needs the interpreter to end, and takes longer than it is worth waiting
+            self._vigil.sleep()
+        else:
             self._vigil.watch(n_ops)
 
     def _publish(self) -> None:

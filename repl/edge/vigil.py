@@ -6,8 +6,9 @@ after a wake-up the loop looks a little longer, without sleeping, as long as tha
 is learnt from the waits themselves, as hypervisors do it for idle processors (Linux, halt polling).
 
 It takes no processor from anybody: with each look it offers its own to whoever waits for one. Where somebody did
-and kept it, the machine has better things to do, and the loop sleeps as usual for a while. It also
-stops where batches are large: a wake-up for each of them costs little, and meanwhile they grow.
+and kept it, the machine may have better things to do, and the loop sleeps as usual: for a moment the first time,
+because the kernel's own threads do the same on an idle machine, and for longer and longer when it happens again at
+once. It also stops where batches are large: a wake-up for each of them costs little, and meanwhile they grow.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-LOOK_MAX_S: Final = 100e-6  # about twice the way to the peer's disk and back
+LOOK_MAX_S: Final = 250e-6  # a few times the way to the peer's disk and back
 LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is worth
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
-REST_S: Final = 1.0  # how long a machine counts as busy on which the processor was away for that long
+REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
+REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
 FEW: Final = 16.0  # operations per wake-up, on average, above which a wake-up more does not matter
 
 
@@ -31,7 +33,8 @@ class Vigil:
     *clock* gives seconds, *offer* lets whoever waits for a processor have this one; both are there for tests.
     """
 
-    __slots__ = ("_began", "_clock", "_looking", "_loop", "_offer", "_rest_until", "_size", "_until", "_window")
+    __slots__ = ("_began", "_clock", "_learning", "_looking", "_loop", "_offer", "_rest_s", "_rest_until", "_size",
+                 "_until", "_window")  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic,
@@ -44,27 +47,35 @@ class Vigil:
         self._window = 0.0  # how long the loop looks for the next event; 0: not at all
         self._until = 0.0
         self._began = 0.0  # when the last wake-up ended
+        self._learning = False  # the wait that ends next says something about the next one
         self._rest_until = 0.0  # the machine is busy until then
+        self._rest_s = 0.0  # how long it counted as busy the last time
         self._size = FEW  # operations per wake-up, a moving average
 
     def woken(self) -> None:
         """Something has happened: learn from how long it took."""
-        if self._looking:
-            return  # in time
+        if self._looking or not self._learning:
+            return  # in time, or not a wait to learn from
         waited = self._clock() - self._began
-        if waited > LOOK_MAX_S:
-            self._window = 0.0
+        if waited > LOOK_MAX_S:  # by halves, so that a long wait among short ones does not end it
+            self._window = self._window / 2 if self._window > LOOK_FIRST_S else 0.0
         elif waited > self._window:
             self._window = min(max(2 * self._window, LOOK_FIRST_S), LOOK_MAX_S)
 
     def watch(self, n: int) -> None:
-        """A wake-up with *n* operations has ended."""
+        """A wake-up with *n* operations has ended, and what comes next comes from a socket."""
         self._size += (n - self._size) / 8
+        self._learning = True
         self._began = self._clock()
         self._until = self._began + self._window if self._size < FEW else 0.0
         if not self._looking and self._rest_until < self._began < self._until:
             self._looking = True
             self._loop.call_soon(self._look)
+
+    def sleep(self) -> None:
+        """A wake-up has ended, and what comes next takes longer than it is worth staying awake for."""
+        self._learning = False
+        self._until = 0.0
 
     def _look(self) -> None:
         """The loop polls its descriptors without waiting, because this call is always due again."""
@@ -75,5 +86,7 @@ class Vigil:
             if back - now < AWAY_S:
                 self._loop.call_soon(self._look)
                 return
-            self._rest_until = back + REST_S
+            again = back - self._rest_until < self._rest_s
+            self._rest_s = min(2 * self._rest_s, REST_MAX_S) if again else REST_MIN_S
+            self._rest_until = back + self._rest_s
         self._looking = False

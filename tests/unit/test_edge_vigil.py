@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from tandem.repl.edge.vigil import AWAY_S, LOOK_FIRST_S, LOOK_MAX_S, REST_S, Vigil
+from tandem.repl.edge.vigil import AWAY_S, LOOK_FIRST_S, LOOK_MAX_S, REST_MAX_S, REST_MIN_S, Vigil
 
 LOOK_S = 2e-6  # what one look takes here
 
@@ -54,6 +54,8 @@ def test_a_long_wait_ends_it_after_a_moment() -> None:
     assert not world.event_after(1.0)
     assert world.n_looks <= LOOK_MAX_S / LOOK_S + 1
     assert world.now >= began + 1.0
+    for _ in range(4):
+        world.event_after(1.0)
     world.n_looks = 0
     assert not world.event_after(1.0)
     assert not world.n_looks  # seldom events are not waited for
@@ -76,15 +78,55 @@ def test_large_batches_are_not_hurried() -> None:
     assert not world.soon
 
 
-def test_a_processor_that_is_wanted_is_left_alone() -> None:
+def test_one_long_wait_among_short_ones_does_not_end_it() -> None:
+    world = World()
+    seen = []
+    for _ in range(12):
+        world.event_after(50e-6)
+        seen.append(world.event_after(50e-6))
+        world.event_after(1e-3)
+    assert all(seen[-6:])
+
+
+def test_waiting_for_a_worker_is_slept_through_and_says_nothing() -> None:
     world = World()
     for _ in range(12):
         world.event_after(50e-6)
-    world.kept_s = AWAY_S
-    world.event_after(50e-6)
-    world.kept_s = 0.0
-    rested_from = world.now
-    while world.now < rested_from + REST_S - 1e-3:
-        assert not world.event_after(50e-6)
-    world.event_after(1e-3)
-    assert any(world.event_after(50e-6) for _ in range(12))
+    world.vigil.sleep()
+    world.n_looks = 0
+    assert not world.event_after(1e-3)
+    assert world.n_looks <= 1
+    assert world.event_after(50e-6)
+
+
+def test_a_processor_that_is_wanted_is_left_alone() -> None:
+    """For a moment after the first time, and for longer when it happens again as soon as the loop looks."""
+    world = World()
+    rests = []
+    for _ in range(12):
+        while not world.event_after(50e-6):
+            pass
+        world.kept_s = AWAY_S
+        world.event_after(50e-6)
+        world.kept_s = 0.0
+        began = world.now
+        while not world.event_after(50e-6):
+            pass
+        rests.append(world.now - began)
+    assert rests[0] < 3 * REST_MIN_S
+    assert rests[-1] > REST_MAX_S / 2
+    assert rests == sorted(rests)
+
+
+def test_a_machine_that_was_busy_once_is_not_held_for_busy() -> None:
+    world = World()
+    for _ in range(6):
+        while not world.event_after(50e-6):
+            pass
+        world.kept_s = AWAY_S
+        world.event_after(50e-6)
+        world.kept_s = 0.0
+        began = world.now
+        while world.now < began + 1.0:
+            world.event_after(50e-6)
+        assert world.event_after(50e-6)
