@@ -60,7 +60,7 @@ class Flushes:
 
     def acked(self, flush: PeerFlush) -> None:
         flush.waiting = 0
-        self.log.close_epoch()
+        self.log.close_epoch_soon()
         if flush.answers:  # one that only shortens the log was sent before what the client wants stable
             for r in flush.volume.flush_batch:
                 r.legs |= PEER_OK

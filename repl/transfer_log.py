@@ -94,6 +94,12 @@ class TransferLog:
             self.epochs[-1].closed = True
             self.send_barrier(self.epochs[-1])
 
+    def close_epoch_soon(self) -> None:
+        """End the open epoch, without a packet for that alone: the next write brings its P_BARRIER, or the clock."""
+        if self.epochs and self.epochs[-1].n_sent and not self.epochs[-1].closed:
+            self.epochs[-1].closed = True
+            self.barrier_at = self.e.now + BARRIER_DELAY_S
+
     def when_empty(self, then: Callable[[None], None]) -> None:
         """Call *then* once the peer has confirmed every write as stable, or is lost."""
         if any(epoch.n_sent for epoch in self.epochs):
@@ -367,8 +373,7 @@ class TransferLog:
             elif not epoch.closed and epoch.n_sent:
                 for r in requests:
                     if r.epoch is epoch:
-                        epoch.closed = True
-                        self.barrier_at = self.e.now + BARRIER_DELAY_S
+                        self.close_epoch_soon()
                         break
 
     def disk_gone(self, vol: Volume) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -59,37 +58,70 @@ class Completions(Generic[T]):
             self._collected(results)
 
 
+class _Thread(Generic[T]):
+    """A worker thread's place to wait for its next job."""
+
+    __slots__ = ("job", "wake")
+
+    def __init__(self, job: Callable[[], T] | None) -> None:
+        self.job = job
+        self.wake = threading.Lock()
+        self.wake.acquire()
+
+
 class Workers(Generic[T]):
     """A few threads that begin jobs in the order they were handed over; started when first needed.
 
-    A job returns what may go wrong in it; an exception is our own mistake and fatal.
+    A job returns what may go wrong in it; an exception is our own mistake and fatal. Each thread waits for a wake-up
+    of its own, and the one that was busy last is woken first: of several that wait at one place (a queue) each
+    job would wake two, and every thread that is woken wants the interpreter from the loop.
     """
 
     def __init__(self, name: str, n_threads_max: int, completions: Completions[T]) -> None:
         self._name = name
         self._n_threads_max = n_threads_max
         self._completions = completions
-        self._jobs: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
+        self._mutex = threading.Lock()  # of the three below
+        self._jobs: deque[Callable[[], T]] = deque()  # nobody has begun them; only while no thread is idle
+        self._idle: list[_Thread[T]] = []
+        self._stopped = False
         self._n_threads = 0
 
     def start(self, job: Callable[[], T]) -> None:
         """Run *job* in a thread; what it returns goes to the `Completions`."""
-        self._jobs.put(job)
-        if self._n_threads < self._n_threads_max:
-            self._n_threads += 1
-            # A thread stuck in a dead device must not keep the process from ending, hence daemon.
-            threading.Thread(target=self._work, name=f"{self._name}-{self._n_threads}", daemon=True).start()
+        with self._mutex:
+            thread = self._idle.pop() if self._idle else None
+            if thread is None and self._n_threads == self._n_threads_max:
+                self._jobs.append(job)
+                return
+        if thread is not None:
+            thread.job = job
+            thread.wake.release()
+            return
+        self._n_threads += 1
+        name = f"{self._name}-{self._n_threads}"
+        # A thread stuck in a dead device must not keep the process from ending, hence daemon.
+        threading.Thread(target=self._work, args=(_Thread(job),), name=name, daemon=True).start()
 
     def stop(self) -> None:
         """Let the threads end after the jobs that are queued now; nothing may be started afterwards."""
-        for _ in range(self._n_threads):
-            self._jobs.put(None)
+        with self._mutex:
+            self._stopped = True
+            idle, self._idle = self._idle, []
+        for thread in idle:
+            thread.wake.release()
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def _work(self, me: _Thread[T]) -> None:
+        while (job := me.job) is not None:
             try:
                 result = job()
             except Exception as error:
                 self._completions.fail(error)
             else:
                 self._completions.put(result)
+            with self._mutex:
+                me.job = self._jobs.popleft() if self._jobs else None
+                if me.job is not None or self._stopped:
+                    continue
+                self._idle.append(me)
+            me.wake.acquire()
