@@ -14,8 +14,8 @@ except ImportError:
 else:
     twins = cythonize(
         [
-            Extension(f"tandem.{room}._batches", [f"{room}/_batches.pyx"], depends=["repl/_slots.pxi"])
-            for room in ("repl", "nbd")
+            Extension(f"tandem.{name.replace('/', '.')}", [f"{name}.pyx"], depends=["repl/_slots.pxi"])
+            for name in ("repl/_batches", "repl/edge/_calls", "nbd/_batches")
         ],
         build_dir="build",
     )

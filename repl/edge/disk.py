@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import resource
 import time
 from collections.abc import Callable
 from typing import Final
@@ -19,23 +18,21 @@ from typing import Final
 from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
 
 from .blockio import CANNOT, IOV_MAX, Device, room
+from .calls import READ, SLOW_S, WRITE
+from .compiled import calls
 from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
 INLINE_BYTES_MAX: Final = 8 << 20  # per batch; at memory speed about a millisecond, the rest goes to workers
-SHORT_BYTES_MAX: Final = 16 << 10  # of an operation that is carried out without looking for neighbours …
-SHORT_OPS_MAX: Final = 128  # … and how many of them, which together are no more than any other batch
-SLOW_S: Final = 0.002  # an inline call longer than this kept every other client waiting
 WATCH_S: Final = 1.0  # how long after such a call it is found out whether the device or the scheduler did it
 HOLD_FACTOR: Final = 10  # then its calls stay away from the loop for this many times as long as it waited
 HOLD_MAX_S: Final = 8.0  # … and at most, when it is slow again and again right after coming back
 STALL_S: Final = 0.02  # a wait that clients feel; shorter ones (a journal commit) are part of ordinary life
 N_DATA_THREADS: Final = 8  # the queue depth a slow device sees
-N_SYNC_THREADS: Final = 4  # flushes and metadata, kept apart so that slow data cannot hold them up
+N_SYNC_THREADS: Final = 4  # durable writes and metadata, kept apart so that slow data cannot hold them up
+N_FLUSH_THREADS: Final = 4  # one flush of each volume is under way at most
 
 DURABLE: Final = FUA | PREFLUSH
-READ: Final = int(Op.READ)
-WRITE: Final = int(Op.WRITE)
 FLUSH: Final = int(Op.FLUSH)
 
 
@@ -71,6 +68,7 @@ class Disk:
         ended: Completions[Ended] = Completions(loop, self._collected, fatal)
         self._data_workers = Workers(f"{name}-data", N_DATA_THREADS, ended)
         self._sync_workers = Workers(f"{name}-sync", N_SYNC_THREADS, ended)
+        self._flusher = calls.Flusher(loop, N_FLUSH_THREADS, self._flushed, fatal)
         self._volumes: dict[int, OpenVolume] = {}
         self.backlog = 0  # bytes of operations in workers
         self.n_out = 0  # operations in workers
@@ -101,6 +99,7 @@ class Disk:
         """Let the workers end after what they have."""
         self._data_workers.stop()
         self._sync_workers.stop()
+        self._flusher.stop()
 
     async def extents(self, number: int, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
         """(length, hole) pairs of the volume's data from *offset* on; one of data without a disk."""
@@ -184,35 +183,14 @@ class Disk:
         number, now = ops[0].volume, time.monotonic()
         device = self._volumes[number].data
         if (
-            device.inline_again > now or device.watched_until > now
+            device.inline_again > now
             or (len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length)
         ):  # fmt: skip
             return 0
-        pwrite, preadv, clock, fd, count, end = os.pwrite, os.preadv, time.monotonic, device.fd, 0, -1
-        for op in ops:
-            offset, length = op.offset, op.length
-            if (
-                op.op > WRITE or op.flags or op.area or length > SHORT_BYTES_MAX or offset == end
-                or op.volume != number or count == SHORT_OPS_MAX
-            ):  # fmt: skip
-                break
-            end = offset + length
-            try:
-                if op.op == WRITE:
-                    if pwrite(fd, op.payload, offset) != length:  # type: ignore[arg-type]  # a write has one
-                        break
-                else:
-                    buffer = bytearray(length)
-                    if not device.nowait or preadv(fd, (buffer,), offset, os.RWF_NOWAIT) != length:
-                        break
-                    op.payload = buffer
-            except OSError:
-                break  # the long path finds out what to do about it
-            count += 1
-            began, now = now, clock()
-            if now - began > SLOW_S and op.op == WRITE:
-                device.watched_until = now + WATCH_S
-                break
+        watching = device.watched_until > now
+        count, slow_s, waited = calls.short_inline(device.fd, ops, number, device.nowait, watching)
+        if slow_s:
+            _was_slow(device, time.monotonic(), slow_s, watching, waited)
         return count
 
     def _hand_over(
@@ -249,18 +227,27 @@ class Disk:
         ops = [op]
         self._count(volume, ops)
         device = volume.meta if op.area == META else volume.data
+        if op.op == FLUSH:
+            self._flusher.start(device.fd, (volume, op))
+            return
 
         def job() -> Ended:
             _blame(ops, lambda: _carry_out(device, op))
             return volume, ops
 
-        workers = self._sync_workers if op.op == FLUSH or op.flags & DURABLE else self._data_workers
+        workers = self._sync_workers if op.flags & DURABLE else self._data_workers
         workers.start(job)
 
     def _count(self, volume: OpenVolume, ops: list[DiskOp]) -> None:
         volume.n_inflight += len(ops)
         self.n_out += len(ops)
         self.backlog += sum(op.length for op in ops if op.op <= WRITE)
+
+    def _flushed(self, results: list[tuple[tuple[OpenVolume, DiskOp], int]]) -> None:
+        """Some flushes have ended; on the loop's thread."""
+        for (_, op), error in results:
+            op.error = error
+        self._collected([(volume, [op]) for (volume, op), _ in results])
 
     def _collected(self, results: list[Ended]) -> None:
         """Workers are done with some operations; on the loop's thread."""
@@ -287,7 +274,8 @@ def _inline(device: Device, run: list[DiskOp], total: int, started: float) -> tu
     A call that took long may have waited for the device, or the scheduler may have taken the processor
     away. The kernel counts the two apart, but asking costs, so it is asked only after the first such call.
     """
-    n_waits = _n_waits() if started < device.watched_until else -1
+    watching = started < device.watched_until
+    n_waits = calls.n_waits() if watching else 0
     op = run[0]
     reading = op.op == READ
     try:
@@ -302,10 +290,7 @@ def _inline(device: Device, run: list[DiskOp], total: int, started: float) -> tu
         complete = False  # a worker finds out which operation is to blame
     now = time.monotonic()
     if now - started > SLOW_S and not (reading and device.nowait):
-        if n_waits < 0:
-            device.watched_until = now + WATCH_S
-        elif _n_waits() > n_waits:
-            _keep_away(device, started, now)
+        _was_slow(device, now, now - started, watching, watching and calls.n_waits() > n_waits)
     return complete, now
 
 
@@ -329,6 +314,14 @@ def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
     return True
 
 
+def _was_slow(device: Device, now: float, waited_s: float, watching: bool, waited: bool) -> None:
+    """A call took *waited_s*. The first time nobody was watching: it may have been the scheduler."""
+    if not watching:
+        device.watched_until = now + WATCH_S
+    elif waited:
+        _keep_away(device, now - waited_s, now)
+
+
 def _keep_away(device: Device, started: float, now: float) -> None:
     """The device made the loop wait: its calls stay off the loop for a while.
 
@@ -344,11 +337,6 @@ def _keep_away(device: Device, started: float, now: float) -> None:
     device.hold_s = min(hold, HOLD_MAX_S)
     device.inline_again = now + device.hold_s
     device.watched_until = device.inline_again + WATCH_S
-
-
-def _n_waits() -> int:
-    """How often this thread has given up the processor by itself, which is what waiting for a device is."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 # ------------------------------------------------------------------------------------- in workers
@@ -374,12 +362,12 @@ def _transfer(device: Device, run: list[DiskOp], *, durable: bool = False) -> No
 def _carry_out(device: Device, op: DiskOp) -> None:
     """One operation with everything its flags ask for; blocking."""
     kind, durable = op.op, bool(op.flags & FUA)
-    if kind == FLUSH or op.flags & PREFLUSH:
+    if op.flags & PREFLUSH:
         device.flush()
     if kind == WRITE:
         assert op.payload is not None, f"{op!r} has no payload"
         device.write([op.payload], op.offset, durable=durable)
-    elif kind != FLUSH:
+    else:
         # A trim must leave zeroes behind on both nodes, so it is "write zeroes, and give space back".
         device.zero(op.offset, op.length, unmap=kind == Op.TRIM or bool(op.flags & MAY_UNMAP))
         if durable:

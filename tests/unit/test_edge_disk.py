@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from tandem.repl.edge import blockio
+from tandem.repl.edge import blockio, calls
 from tandem.repl.edge import disk as disk_module
 from tandem.repl.edge.blockio import Device
 from tandem.repl.edge.disk import INLINE_BYTES_MAX, Disk, OpenVolume
@@ -24,7 +24,7 @@ SIZE = 16 * MIB
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy test machine must not pass for a slow disk."""
-    monkeypatch.setattr(disk_module, "SLOW_S", 60.0)
+    set_slow(monkeypatch, 60.0)
 
 
 class Bench:
@@ -68,6 +68,12 @@ class Bench:
 
     def content(self, offset: int, length: int) -> bytes:
         return os.pread(self.fd, length, offset)
+
+
+@pytest.fixture(autouse=True)
+def python_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """System calls are replaced here, and the compiled twin would not notice; `test_edge_calls` compares the two."""
+    monkeypatch.setattr(disk_module, "calls", calls)
 
 
 def on_loop(test: Callable[[Bench], Awaitable[None]], path: Path) -> None:
@@ -290,6 +296,11 @@ def test_a_read_that_would_wait_goes_to_a_worker(path: Path, monkeypatch: pytest
     on_loop(test, path)
 
 
+def set_slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in (disk_module, calls):
+        monkeypatch.setattr(module, "SLOW_S", seconds)
+
+
 def test_reads_without_rwf_nowait_are_timed_on_the_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
@@ -300,14 +311,14 @@ def test_reads_without_rwf_nowait_are_timed_on_the_loop(path: Path, monkeypatch:
 
     async def test(bench: Bench) -> None:
         monkeypatch.setattr(os, "preadv", unsupported)
-        monkeypatch.setattr(disk_module, "SLOW_S", 60.0)
+        set_slow(monkeypatch, 60.0)
         monkeypatch.setattr(disk_module, "HOLD_FACTOR", 1e9)  # however short the wait was, its hold lasts
         monkeypatch.setattr(disk_module, "WATCH_S", 60.0)
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert not bench.device.nowait
-        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # from now on everything is slow …
+        set_slow(monkeypatch, -1.0)  # from now on everything is slow …
         waits = iter(range(100))
-        monkeypatch.setattr(disk_module, "_n_waits", lambda: next(waits))  # … because it waits
+        monkeypatch.setattr(calls, "n_waits", lambda: next(waits))  # … because it waits
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert len(await bench.all_of([read(0, 4096)])) == 1
         assert len(await bench.all_of([read(0, 4096)])) == 0
@@ -325,7 +336,7 @@ def test_writes_that_wait_for_the_device_leave_it_to_workers(
         return real(fd, buffer, offset)
 
     async def test(bench: Bench) -> None:
-        monkeypatch.setattr(disk_module, "SLOW_S", 0.0005)
+        set_slow(monkeypatch, 0.0005)
         monkeypatch.setattr(os, "pwrite", throttled)
         for _ in range(2):  # the first only makes it look closer
             assert bench.device.hold_s == 0.0
@@ -352,8 +363,8 @@ def test_a_busy_processor_does_not_pass_for_a_slow_device(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(bench: Bench) -> None:
-        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)  # every call takes long …
-        monkeypatch.setattr(disk_module, "_n_waits", lambda: 7)  # … but none of them has waited
+        set_slow(monkeypatch, -1.0)  # every call takes long …
+        monkeypatch.setattr(calls, "n_waits", lambda: 7)  # … but none of them has waited
         for _ in range(4):
             assert len(await bench.all_of([write(0, b"s" * 512)])) == 1
         assert bench.device.inline_again == 0.0
@@ -364,7 +375,7 @@ def test_a_busy_processor_does_not_pass_for_a_slow_device(
 def test_cached_reads_that_cannot_wait_are_never_slow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         os.pwrite(bench.fd, b"c" * 65536, 0)
-        monkeypatch.setattr(disk_module, "SLOW_S", -1.0)
+        set_slow(monkeypatch, -1.0)
         for _ in range(4):
             assert len(await bench.all_of([read(0, 4096)])) == 1
 
@@ -372,7 +383,7 @@ def test_cached_reads_that_cannot_wait_are_never_slow(path: Path, monkeypatch: p
 
 
 def test_a_large_batch_does_not_keep_the_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_module, "SLOW_S", 60.0)
+    set_slow(monkeypatch, 60.0)
 
     async def test(bench: Bench) -> None:
         block = os.urandom(MIB)
