@@ -21,7 +21,7 @@ from tests.sim.mix import Mix, draw
 from tests.sim.scenarios import SCENARIOS, play
 from tests.sim.world import World
 
-COLLECT_EVERY = 25  # runs
+COLLECT_EVERY = 4  # runs
 
 
 class Failure(Exception):
