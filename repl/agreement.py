@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import Refusal
-from .states import ConnState, State
+from .states import ConnState, DiskState, State
 from .transition import peer_request
 from .volume import Volume
 from .wire import pack_state_change, pack_state_reply
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 CONCURRENT = -19
+TRANSIENT = -18
 SUCCESS = 1
 LOST = 0  # the connection went before the answer came
 DISK_MASK = 0x1E00
 PDSK_MASK = 0x1E000
+_UNDECIDED = (DiskState.ATTACHING, DiskState.NEGOTIATING)
 
 
 class Agreement:
@@ -54,10 +56,13 @@ class Agreement:
 
     def requested(self, vol: Volume | None, mask: int, val: int) -> None:
         """P_STATE_CHG_REQ (a volume's) or P_CONN_ST_CHG_REQ (*vol* None) from the peer."""
-        if self.e.link.resolver and self.busy(vol):
+        if self.e.link.resolver and self._races(vol, mask):
             self._reply(vol, CONCURRENT)
             return
         volumes = [vol] if vol else list(self.e.volumes.values())
+        if vol is None and mask & PDSK_MASK and any(v.state.disk in _UNDECIDED for v in volumes):
+            self._reply(vol, TRANSIENT)  # we would agree to be Outdated, and forget it when the attach ends
+            return
         wanted: list[tuple[Volume, State]] = []
         for v in volumes:
             result = peer_request(v.state, mask, val, self.e.facts(v), connection=vol is None)
@@ -73,6 +78,17 @@ class Agreement:
             return
         for v, new in wanted:
             self.e.apply(v, new, why="agreed with the peer")
+
+    def _races(self, vol: Volume | None, mask: int) -> bool:
+        """Is a request of ours under way that must not be agreed to together with the peer's?
+
+        DRBD looks for one of the same volume, or of the connection. But to outdate one node's disk and detach
+        the other's are each harmless alone, and together they leave two generations: so those exclude each other.
+        """
+        if self.busy(vol):
+            return True
+        other = self._pending if vol is None else self._pending.keys() & {None}
+        return bool(other) and bool(mask & (DISK_MASK | PDSK_MASK))
 
     def _reply(self, vol: Volume | None, code: int) -> None:
         self.e.out.meta.append(pack_state_reply(code, vol.number if vol else 0, vol is None))

@@ -221,7 +221,7 @@ class Commands:
             if code == -7 and not extra:
                 extra = wishes[1]
                 continue
-            if code == -19:
+            if code in (-18, -19):
                 yield self.e.next_change
                 continue
             if code < 0:

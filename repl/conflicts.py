@@ -3,8 +3,8 @@
 Both nodes must end with the same bytes, and neither can see what the other has under way. So one of them
 decides, the resolver (the node that accepted the meta socket). A write of the peer that meets one of its own
 which the peer has not answered yet is not written there: the resolver's own counts as the later one. If that
-covers the whole of it, P_SUPERSEDED lets the peer answer its client; else P_RETRY_WRITE makes the peer send
-it again as a new write, once the resolver's has arrived. The other node waits for that word, finishes the
+covers the whole of it, P_SUPERSEDED lets the peer answer its client; else, and for FUA writes, P_RETRY_WRITE
+makes the peer send it again as a new write, once the resolver's has arrived. The other node waits for that word, finishes the
 write on its own disk, and only then writes what the resolver sent.
 
 That works because of three things kept here: our writes wait for those of the peer that are not finished;
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from .errors import PeerProtocolError
 from .intervals import Range
-from .requests import PEER, POSTPONED, PeerEpoch, PeerWrite, Request
+from .requests import FUA, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
 from .states import ConnState
 from .volume import HALF, Volume
 from .wire import Packet
@@ -131,6 +131,8 @@ class Conflicts:
 
     def _refuse(self, vol: Volume, w: PeerWrite, ours: list[Request]) -> None:
         covered = any(r.offset <= w.offset and w.offset + w.length <= r.offset + r.length for r in ours)
+        if w.flags & FUA:
+            covered = False  # its client is told that it is stable, and ours may be in the disk's cache: once more
         if not self._told:
             self._told = True
             what = f"local {ours[0].offset >> 9}s +{ours[0].length}, remote {w.sector}s +{w.length}"

@@ -421,8 +421,8 @@ class Engine:
         """Change the connection's state in all volumes, as a fact; *outdate* as in `drop`."""
         for vol in self.volumes.values():
             wish = replace(vol.state, conn=conn)
-            if vol.end_unknown and conn < ConnState.CONNECTED <= vol.state.conn:
-                wish = replace(wish, pdsk=DiskState.D_UNKNOWN)  # Inconsistent when last seen, perhaps no longer
+            if (vol.end_unknown or vol.begin_unknown) and conn < ConnState.CONNECTED <= vol.state.conn:
+                wish = replace(wish, pdsk=DiskState.D_UNKNOWN)  # Inconsistent as far as we know: no longer, or not yet
             if vol.unproven is not None and conn < ConnState.CONNECTED:
                 wish, vol.unproven = replace(wish, disk=vol.unproven), None  # we know no more than before
             if outdate == "disk":
@@ -434,7 +434,7 @@ class Engine:
     def new_current(self, vol: Volume) -> None:
         """Begin a new data generation; the caller sees to its durability."""
         primary = vol.state.role == Role.PRIMARY
-        if vol.end_unknown:  # a target that did finish has the generation that ends, else the sync UUID
+        if vol.uuids.bitmap:  # a target that did finish has the generation that ends, else the sync UUID
             vol.uuids = vol.uuids.clear_bitmap()
         vol.sync_ending = False
         vol.uuids = vol.uuids.new_current(self.random64(), primary)

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 class SourceRun:
     """A volume's resync as source."""
 
-    __slots__ = ("next_persist", "receiver")
+    __slots__ = ("asked", "next_persist", "receiver")
 
     def __init__(self, now: float) -> None:
         self.receiver: BitmapReceiver | None = None
+        self.asked = False  # the target has asked for a block: its own metadata say that it is Inconsistent
         self.next_persist = now + PERSIST_S
 
 class Source:
@@ -46,8 +47,10 @@ class Source:
         if vol.state.disk != DiskState.UP_TO_DATE:
             self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
             return
-        if vol.sync_ending:  # it has taken the sync UUID and is not through
+        if vol.sync_ending or vol.begin_unknown:  # it has taken the sync UUID and is not through
             vol.sync_ending = False
+            if vol.source is not None:
+                vol.source.asked = True
             self.e.write_superblock(vol, None)
         link = self.e.link.ticket
         offset = sector << 9

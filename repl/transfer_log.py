@@ -332,6 +332,7 @@ class TransferLog:
         self.close_epoch()
         for fence in fences.values():
             self.send_flush(fence.volume, answers=fence.answers)
+        self._shrank()
 
     def _carry(self, answered: list[Request]) -> None:
         """Keep writes of an earlier epoch, which the peer has answered, until it acknowledges a barrier."""

@@ -176,6 +176,15 @@ class Volume:
         return self.sync_ending and self.uuids.bitmap != 0
 
     @property
+    def begin_unknown(self) -> bool:
+        """May the disk of our target still say that it is good?
+
+        It becomes Inconsistent when it hears of the resync. Dead before that is durable there, it comes back as
+        what it was, so it has to be fenced like any other peer.
+        """
+        return self.source is not None and not self.source.asked
+
+    @property
     def n_bits(self) -> int:
         return self.bitmap.n_bits
 
@@ -200,6 +209,8 @@ class Volume:
         flags &= ~(MdFlag.FULL_SYNC | MdFlag.AL_DISABLED | MdFlag.SYNC_ENDING)
         if self.sync_ending:
             flags |= MdFlag.SYNC_ENDING
+        if self.begin_unknown:
+            flags &= ~MdFlag.PEER_OUT_DATED
         if self.primary_hold:
             flags |= MdFlag.PRIMARY_IND
         if self.full_sync_flag:

@@ -266,9 +266,25 @@ class Checks:
     # ------------------------------------------------------------------ answers
 
     def expected(self, node: Node, volume: int, offset: int, length: int) -> list[Versions]:
-        allowed = self.w.ledgers[volume].copies[self._data_of(node, volume)].allowed
+        copies = self.w.ledgers[volume].copies
+        allowed = copies[self._data_of(node, volume)].allowed
         first = offset // SECTOR
-        return [allowed.get(s, INITIAL) for s in range(first, first + length // SECTOR)]
+        sectors = range(first, first + length // SECTOR)
+        if self._parted(node, volume):
+            own = copies[node.index].allowed
+            return [allowed.get(s, INITIAL) | own.get(s, INITIAL) for s in sectors]
+        return [allowed.get(s, INITIAL) for s in sectors]
+
+    def _parted(self, node: Node, volume: int) -> bool:
+        """Does the other one of two unfenced Primaries go on alone, and *node*, its sync target, not know it yet?
+
+        Then a block that it had in sync is read from its own disk, and two histories have begun.
+        """
+        m = self.w.mix
+        return (
+            m.two_primaries and m.fencing is Fencing.DONT_CARE
+            and node.state(volume).disk is D.INCONSISTENT and not self.w.peer_of(node).connected
+        )  # fmt: skip
 
     def good_since(self, node: Node, volume: int) -> tuple[int, bool]:
         """How often the disk has failed so far, and whether it is good now."""
@@ -348,10 +364,14 @@ class Checks:
             ledger.copies[peer.index].lacks.add(write)
 
     def _superseded(self, peer: Node, write: Write) -> bool:
-        """Does the other Primary have under way what replaces *write*? Its activity log covers both then."""
+        """Had the other Primary under way what replaces *write*? Its activity log covers both then, also when it
+        died meanwhile."""
         if not self.w.mix.two_primaries:
             return False
-        others = [a.write for a in peer.clients.open.values() if a.write is not None and a.write.volume == write.volume]
+        others = [
+            x for x in self.w.ledgers[write.volume].writes.values()
+            if x.node == peer.index and not x.acked and (x.end is None or x.end > write.begin)
+        ]  # fmt: skip
         return all(any(s in other.sectors for other in others) for s in write.sectors)
 
     def connected_before(self, node: Node, volume: int) -> bool:
@@ -411,8 +431,9 @@ class Checks:
             nodes.append(self.w.peer_of(node))
         for holder in nodes:
             read = self.reader(holder, volume, durable=True)
-            for s, write in ask.point[holder.index].items():
+            for s, write in list(ask.point[holder.index].items()):
                 if holder is not node and vol.bitmap.n_bits and vol.bitmap.any(s >> 3, (s >> 3) + 1):
+                    del ask.point[holder.index][s]
                     continue  # this block is out of the mirror, and marked
                 last = ledger.copies[holder.index].last.get(s)
                 if last is None or _older(last, write):
@@ -451,6 +472,8 @@ class Checks:
         record, state = self.record(node, volume), node.state(volume)
         if record.conn < C.CONNECTED <= state.conn:
             met(self, node, volume)
+        if record.conn < C.WF_REPORT_PARAMS <= state.conn:
+            node.shown = Role.PRIMARY if node.primary else Role.SECONDARY
         if state.conn in BECOMING_TARGET and record.conn not in BECOMING_TARGET:
             check_split_brain_decided(self, node, volume)
         if state.role is Role.PRIMARY and record.role is not Role.PRIMARY:

@@ -128,7 +128,7 @@ class Ledger:
         self.n_acked += 1
         for node in holders:
             self.arrived(write, node)
-            if write.fua:
+            if write.fua and node in write.reached:  # else it holds what was written instead, by an ordinary write
                 for s in write.sectors:
                     self._narrow_stable(self.copies[node], s, write)
 

@@ -78,7 +78,7 @@ def check_split_brain_decided(checks: Checks, target: Node, volume: int) -> None
     state, source = target.state(volume), checks.w.peer_of(target)
     ledger = checks.w.ledgers[volume]
     gone = ledger.still_lacks(source.index, checks.reader(source, volume))
-    if gone and policy_gives_up(checks.w.mix, target.index, state.role, state.peer):
+    if gone and policy_gives_up(checks.w.mix, target.index, state.role, source.shown):
         checks.w.note(target, "gives up its changes, as the policy says")
         ledger.copies[target.index].discarded = True
 

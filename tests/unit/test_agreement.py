@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tandem.repl.config import Fencing
 from tandem.repl.events import LinkLost, Opened
 from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role
@@ -16,6 +17,8 @@ P = Packet
 PRIMARY = pack_state_change(0x3, 0x1, 0, False)
 DETACH = pack_state_change(0x1E00, 0x400, 0, False)
 DISCONNECT = pack_state_change(0x1F0, 0x10, 0, True)
+DISCONNECT_OUTDATED = pack_state_change(0x1F0 | 0x1E00, 0x10 | DiskState.OUTDATED << 9, 0, True)
+DISCONNECT_OUTDATES_US = pack_state_change(0x1F0 | 0x1E000, 0x10 | DiskState.OUTDATED << 13, 0, True)
 INVALIDATE = pack_state_change(0x1F0, 0xC0, 0, False)
 
 
@@ -178,6 +181,32 @@ def test_of_two_concurrent_questions_the_resolvers_wins(resolver: bool, answer: 
     lone.command("primary")
     lone.data(PRIMARY)
     assert codes(lone) == [answer]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "kind"), [
+    ("detach", DISCONNECT_OUTDATED, P.CONN_ST_CHG_REPLY),
+    ("disconnect", DETACH, P.STATE_CHG_REPLY),
+], ids=["detach", "disconnect"])  # fmt: skip
+def test_a_detach_and_a_disconnect_that_outdates_exclude_each_other(ours: str, theirs: bytes, kind: Packet) -> None:
+    """Together they would leave a generation on each node: one begins it for want of a peer's disk, the other
+    for want of the peer."""
+    lone = Lone(disk={"fencing": Fencing.RESOURCE_AND_STONITH})
+    lone.attach()
+    lone.connect(resolver=True)
+    lone.forget()
+    lone.command(ours)
+    lone.settle()
+    lone.data(theirs)
+    assert codes(lone, kind) == [-19]
+
+
+def test_who_is_attaching_does_not_agree_to_be_outdated() -> None:
+    lone = Lone()
+    lone.connect(replace(PEER_SECONDARY, role=Role.PRIMARY))
+    lone.forget()
+    lone.command("attach")
+    lone.data(DISCONNECT_OUTDATES_US)
+    assert codes(lone, P.CONN_ST_CHG_REPLY) == [-18] and lone.conn() == ConnState.CONNECTED
 
 
 def test_who_lost_the_race_is_refused() -> None:

@@ -10,6 +10,7 @@ from tandem.repl.config import Fencing
 from tandem.repl.requests import DATA, PEER, Op, Request
 from tandem.repl.states import ConnState, Role
 from tandem.repl.wire import (
+    DP_FUA,
     DP_SEND_WRITE_ACK,
     Packet,
     pack_ack,
@@ -44,8 +45,8 @@ def dual(*, resolver: bool, ours: bool = True) -> Lone:
     return lone
 
 
-def theirs(sector: int, n_sectors: int, seq: int) -> bytes:
-    head = pack_data(P.DATA, 0, sector, ID + seq, seq, DP_SEND_WRITE_ACK, n_sectors << 9)
+def theirs(sector: int, n_sectors: int, seq: int, dp: int = DP_SEND_WRITE_ACK) -> bytes:
+    head = pack_data(P.DATA, 0, sector, ID + seq, seq, dp, n_sectors << 9)
     return head + bytes([seq]) * (n_sectors << 9)
 
 
@@ -80,6 +81,14 @@ def test_the_resolver_refuses_what_meets_an_unanswered_write(sector: int, n_sect
     lone.settle()
     lone.data(theirs(sector, n_sectors, 1))
     assert acks(lone) == [answer] and on_disk(lone) == []
+
+
+def test_a_fua_write_is_sent_again_where_ours_may_not_be_stable() -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(0, 8, 1, DP_SEND_WRITE_ACK | DP_FUA))
+    assert acks(lone) == ["RETRY_WRITE"] and on_disk(lone) == []
 
 
 def test_a_block_may_be_shared_when_no_sector_is() -> None:

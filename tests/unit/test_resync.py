@@ -10,6 +10,7 @@ from tandem.repl import resync, resync_target
 from tandem.repl.bitmap_exchange import BitmapSender
 from tandem.repl.digests import digest
 from tandem.repl.events import HandlerExited, LinkLost
+from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.uuids import UuidSet
@@ -273,13 +274,33 @@ def test_the_target_waits_for_writes_mirrored_before_the_resync() -> None:
 def test_the_source_reads_then_sends_and_clears_on_the_ack() -> None:
     lone = Lone().source((0, 4))
     lone.data(request(0, 4))
-    assert [(op.op, op.offset, op.length) for op in lone.disk] == [(Op.READ, 0, 16384)]
+    assert [(op.op, op.offset, op.length) for op in lone.disk if not op.area] == [(Op.READ, 0, 16384)]
     assert lone.sent(P.RS_DATA_REPLY) == []
     lone.answer()
     assert [unpack_data(p)[:2] for p in lone.payloads(P.RS_DATA_REPLY)] == [(0, ID_SYNCER)]
     assert lone.vol.bitmap.weight == 4
     lone.meta(rs_ack(0, 4))
     assert lone.vol.bitmap.weight == 0
+
+
+@pytest.mark.parametrize(("asked", "pdsk"), [(False, DiskState.D_UNKNOWN), (True, DiskState.INCONSISTENT)])
+def test_a_target_counts_as_inconsistent_once_it_has_asked(asked: bool, pdsk: DiskState) -> None:
+    """Lost before, it may come back with a disk that still passes for good."""
+    lone = Lone().source((0, 4))
+    if asked:
+        lone.data(request(0, 4))
+        lone.settle()
+    assert bool(lone.vol.flags() & MdFlag.PEER_OUT_DATED) == asked
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    assert lone.state.pdsk == pdsk
+
+
+def test_a_new_generation_keeps_the_sync_uuid_in_its_history() -> None:
+    """A target that detaches is known by it, also when the generation begins only at the next connection."""
+    lone = Lone().source((0, 4))
+    sync_uuid = lone.vol.uuids.bitmap
+    lone.engine.new_current(lone.vol)
+    assert lone.vol.uuids.history0 == sync_uuid and lone.vol.uuids.bitmap & ~1 == 0x20
 
 
 def test_a_write_waits_while_its_block_is_read_and_follows_the_reply() -> None:
