@@ -21,7 +21,7 @@ from tandem.repl.uuids import CompareFacts, UuidSet, compare
 from .admin import behind
 from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
 from .fake_disk import PAGE, FakeDisk, Sparse
-from .histories import check_only_side, check_split_brain_decided, could_be_primary, met
+from .histories import check_only_side, check_split_brain_decided, could_be_primary, met, parted, superseded
 from .ondisk import (
     BITS_PER_EXTENT,
     PRIMARY_IND,
@@ -270,21 +270,10 @@ class Checks:
         allowed = copies[self._data_of(node, volume)].allowed
         first = offset // SECTOR
         sectors = range(first, first + length // SECTOR)
-        if self._parted(node, volume):
+        if parted(node, volume):
             own = copies[node.index].allowed
             return [allowed.get(s, INITIAL) | own.get(s, INITIAL) for s in sectors]
         return [allowed.get(s, INITIAL) for s in sectors]
-
-    def _parted(self, node: Node, volume: int) -> bool:
-        """Does the other one of two unfenced Primaries go on alone, and *node*, its sync target, not know it yet?
-
-        Then a block that it had in sync is read from its own disk, and two histories have begun.
-        """
-        m = self.w.mix
-        return (
-            m.two_primaries and m.fencing is Fencing.DONT_CARE
-            and node.state(volume).disk is D.INCONSISTENT and not self.w.peer_of(node).connected
-        )  # fmt: skip
 
     def good_since(self, node: Node, volume: int) -> tuple[int, bool]:
         """How often the disk has failed so far, and whether it is good now."""
@@ -347,7 +336,7 @@ class Checks:
         reached = there or peer.index in write.reached  # a power cut may have taken it since
         if not here and not reached and self.w.mix.protocol == "C":
             self.fail("1 answers", f"{write!r} was answered, it is on no disk: {state}")
-        marked = reached or self._superseded(peer, write)
+        marked = reached or superseded(peer, write)
         if not marked and (self.w.mix.protocol == "C" or not state.connected):
             self._check_marked(node, write, here)
         # Without waiting for the peer's disk, an answer may be given just before the connection ends in this step.
@@ -362,17 +351,6 @@ class Checks:
         lost = reached and state.disk < D.CONSISTENT
         if not there and not lost and (self.w.mix.protocol == "C" or not state.connected):
             ledger.copies[peer.index].lacks.add(write)
-
-    def _superseded(self, peer: Node, write: Write) -> bool:
-        """Had the other Primary under way what replaces *write*? Its activity log covers both then, also when it
-        died meanwhile."""
-        if not self.w.mix.two_primaries:
-            return False
-        others = [
-            x for x in self.w.ledgers[write.volume].writes.values()
-            if x.node == peer.index and not x.acked and (x.end is None or x.end > write.begin)
-        ]  # fmt: skip
-        return all(any(s in other.sectors for other in others) for s in write.sectors)
 
     def connected_before(self, node: Node, volume: int) -> bool:
         """Was the volume connected when this step began?"""

@@ -39,6 +39,32 @@ def check_only_side(checks: Checks, node: Node, write: Write) -> None:
         )
 
 
+def superseded(peer: Node, write: Write) -> bool:
+    """Had the other Primary, *peer*, under way what replaces *write*?
+
+    Its activity log covers both then, also when it died meanwhile.
+    """
+    if not peer.world.mix.two_primaries:
+        return False
+    others = [
+        x for x in peer.world.ledgers[write.volume].writes.values()
+        if x.node == peer.index and not x.acked and (x.end is None or x.end > write.begin)
+    ]  # fmt: skip
+    return all(any(s in other.sectors for other in others) for s in write.sectors)
+
+
+def parted(node: Node, volume: int) -> bool:
+    """Does the other one of two unfenced Primaries go on alone, and *node*, its sync target, not know it yet?
+
+    Then a block that it had in sync is read from its own disk, and two histories have begun.
+    """
+    m = node.world.mix
+    return (
+        m.two_primaries and m.fencing is Fencing.DONT_CARE
+        and node.state(volume).disk is D.INCONSISTENT and not node.world.peer_of(node).connected
+    )  # fmt: skip
+
+
 def could_be_primary(node: Node, volume: int) -> bool:
     """Does the disk of *node* pass for good data, as far as the node itself knows?"""
     if node.leaving:
