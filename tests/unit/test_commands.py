@@ -13,7 +13,7 @@ from tandem.repl.events import Attach, Attached, AttachFailed, DeviceGrown, Link
 from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import META, Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, pack_barrier_ack, pack_state, pack_state_reply, packet
+from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack, pack_state, pack_state_reply, packet, unpack_data
 
 from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
 
@@ -478,3 +478,18 @@ def test_who_was_promoted_by_hand_stays_primary() -> None:
         lone.handle(Opened(0, count))
         lone.settle()
     assert lone.vol.state.role == Role.PRIMARY
+
+
+def test_a_demotion_that_waits_for_the_peer_outlives_a_replay_with_nothing_to_send() -> None:
+    lone = Lone().ready()
+    lone.submit(Op.FLUSH)
+    lone.settle()
+    _, block_id, _, _ = unpack_data(lone.payloads(P.DATA)[-1])
+    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, block_id, 0, 1))
+    ticket = lone.command("secondary")
+    assert lone.answered(ticket) is None
+    assert lone.run("suspend-io") == "done"
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.connect()
+    lone.run("resume-io")
+    assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY

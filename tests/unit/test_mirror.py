@@ -383,20 +383,6 @@ def test_an_administrators_suspension_replays_too() -> None:
     assert lone.done == [r] and r.error == 0
 
 
-def test_a_demotion_that_waits_for_the_peer_outlives_a_replay_with_nothing_to_send() -> None:
-    lone = Lone().ready()
-    lone.submit(Op.FLUSH)
-    lone.settle()
-    lone.meta(flush_ack(lone))
-    ticket = lone.command("secondary")
-    assert lone.run("suspend-io") == "done"
-    lose(lone)
-    lone.connect()
-    lone.run("resume-io")
-    lone.settle()
-    assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY
-
-
 # ------------------------------------------------------------------------------------------------ flush
 
 
