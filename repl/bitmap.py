@@ -248,20 +248,23 @@ class Bitmap:
         whole = int.from_bytes(self._bytes[page * PAGE : (page + 1) * PAGE], "little")
         return (page << _PAGE_SHIFT) + (whole & -whole).bit_length() - 1
 
-    def next_clear(self, bit: int) -> int:
-        """The first clear bit at or after *bit*; ``n_bits`` when there is none."""
+    def next_clear(self, bit: int, limit: int | None = None) -> int:
+        """The first clear bit at or after *bit*; *limit* (``n_bits`` at most) when there is none before it."""
         assert bit >= 0
-        if bit >= self.n_bits:
-            return self.n_bits
+        limit = self.n_bits if limit is None else min(limit, self.n_bits)
+        if bit >= limit:
+            return limit
         page = bit >> _PAGE_SHIFT
         if self._page_weights[page] != BITS_PER_PAGE:
-            found = self._first_clear(bit, (page + 1) << _PAGE_SHIFT)
+            found = self._first_clear(bit, min((page + 1) << _PAGE_SHIFT, limit + 7 & ~7))
             if found >= 0:
-                return min(found, self.n_bits)
+                return min(found, limit)
+        if (page + 1) << _PAGE_SHIFT >= limit:
+            return limit
         page = self._next_page(page + 1, BITS_PER_PAGE)
-        if page == self.n_pages:
-            return self.n_bits
-        return min(self._first_clear(page << _PAGE_SHIFT, (page + 1) << _PAGE_SHIFT), self.n_bits)
+        if page << _PAGE_SHIFT >= limit:
+            return limit
+        return min(self._first_clear(page << _PAGE_SHIFT, (page + 1) << _PAGE_SHIFT), limit)
 
     def _first_clear(self, bit: int, end: int) -> int:
         """The first clear bit in [bit, end), which lies in one page and may reach beyond n_bits; -1: none."""

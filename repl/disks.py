@@ -128,6 +128,7 @@ class Disks:
         vol.la_peer_max_bio_size = sb.la_peer_max_bio_size
         vol.la_size = sb.la_size_sect * SECTOR
         vol.data_size = disk.data_size
+        vol.sparse = event.sparse
         vol.usable = disk.layout.usable & ~(SECTOR - 1)
         vol.meta = MetaWriter(vol, self.e.out_disk, lambda error: self.failed(vol, error, write=True, meta=True))
         if disk.marked:

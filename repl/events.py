@@ -46,11 +46,15 @@ class LinkFailed:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """The disk of a volume is open and locked, its metadata read and its activity log applied."""
+    """The disk of a volume is open and locked, its metadata read and its activity log applied.
+
+    *sparse*: it is a file, in which what was never written takes no space.
+    """
 
     ticket: int
     volume: int
     disk: LoadedDisk
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True)

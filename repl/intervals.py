@@ -53,8 +53,9 @@ class Intervals:
     def blocker(self, offset: int, length: int) -> Range | None:
         """What overlaps the range (rounded out to blocks), or None."""
         first, end = offset >> BLOCK_SHIFT, (offset + length + BLOCK - 1) >> BLOCK_SHIFT
+        begin, stop = first << BLOCK_SHIFT, end << BLOCK_SHIFT
         for other in self.large:
-            if other.offset >> BLOCK_SHIFT < end and (other.offset + other.length + BLOCK - 1) >> BLOCK_SHIFT > first:
+            if other.offset < stop and other.offset + other.length > begin:
                 return other
         busy = self.busy
         if end - first <= len(busy):

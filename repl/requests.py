@@ -29,6 +29,7 @@ class Op(IntEnum):
 FUA: Final = 1  # durable before it is answered
 PREFLUSH: Final = 2  # everything written earlier is durable before this write starts
 MAY_UNMAP: Final = 4  # ZEROES may punch a hole
+IF_HOLE: Final = 8  # a range without anything but holes: a READ brings no payload, ZEROES find nothing to do
 
 # Areas of a volume's storage.
 DATA: Final = 0

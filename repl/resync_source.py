@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .bitmap_exchange import BitmapReceiver
 from .intervals import Lock
 from .meta_writer import CallbackOp
-from .requests import DATA, DiskOp, Op
+from .requests import DATA, IF_HOLE, Buffer, DiskOp, Op
 from .resync_target import PERSIST_S, log_done
 from .states import ConnState, DiskState
+from .units import SECTOR
 from .volume import Volume
 from .wire import Packet, pack_block_desc, pack_data
 
@@ -64,7 +67,7 @@ class Source:
         vol.intervals.add(lock)
         vol.n_local += 1
         self.e.out.disk.append(
-            CallbackOp(Op.READ, vol.number, offset, size, None, 0, DATA,
+            CallbackOp(Op.READ, vol.number, offset, size, None, IF_HOLE if thin else 0, DATA,
                        lambda op: self._served(link, vol, lock, block_id, op, digest, thin))
         )  # fmt: skip
 
@@ -95,11 +98,11 @@ class Source:
     def _reply(
         self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
     ) -> None:
-        assert op.payload is not None
-        vol.bytes_read += op.length
-        if thin and bytes(op.payload) == bytes(op.length):
+        if thin and (op.payload is None or _all_zero(op.payload)):
             self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, sector, op.length))
             return
+        assert op.payload is not None
+        vol.bytes_read += op.length
         if digest is not None and self.e.csums is not None and self.e.csums(op.payload) == digest:
             self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, sector, block_id, op.length)
             vol.set_in_sync(op.offset, op.length)
@@ -176,3 +179,8 @@ class Source:
         ):
             self.e.run_handler("unfence-peer", None, None)
         return True
+
+
+def _all_zero(payload: Buffer) -> bool:
+    """Whether there is no byte but zeroes. Most data shows with its first sector that it is not so."""
+    return not any(payload[:SECTOR]) and not np.frombuffer(payload, np.uint8).any()

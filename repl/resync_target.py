@@ -2,10 +2,10 @@
 
 A stretch of set bits is asked for as it is (P_RS_DATA_REQUEST), with the digest of what we have so that equal
 blocks need not travel (P_CSUM_RS_REQUEST, with `csums-alg`), or so that a stretch of zeroes is only named
-(P_RS_THIN_REQ, with `rs-discard-granularity`, in pieces of that size). Whichever way, the range is locked
-against our own applications until it is settled. A mirrored write may change it between our read and the
-source's comparison; the source compares what it has after that write, so digests that agree then agree with
-what we have once the write has landed here.
+(P_RS_THIN_REQ: into a file always, otherwise with `rs-discard-granularity`, in pieces of that size). Whichever
+way, the range is locked against our own applications until it is settled. A mirrored write may change it between
+our read and the source's comparison; the source compares what it has after that write, so digests that agree then
+agree with what we have once the write has landed here.
 
 Source: drbd_worker.c (make_resync_request, read_for_csum, drbd_resync_finished).
 """
@@ -21,7 +21,7 @@ from .errors import PeerProtocolError
 from .intervals import Lock
 from .meta_writer import CallbackOp
 from .packets import Feature
-from .requests import DATA, MAY_UNMAP, DiskOp, Op
+from .requests import DATA, IF_HOLE, MAY_UNMAP, DiskOp, Op
 from .states import ConnState, DiskState, Role
 from .units import BLOCK, BLOCK_SHIFT, IO_MAX, SECTOR
 from .volume import Volume
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 WINDOW_IDLE: Final = 8 << 20  # bytes asked for and not yet written: fills a link of 10 Gbit/s and 6 ms
+WINDOW_HOLES: Final = 32 << 20  # where the last answer was a stretch of zeroes, the next will hardly be bytes
 WINDOW_BUSY: Final = 1 << 20  # while applications write: their share comes first
 BUSY_S: Final = 0.1  # an application was heard of this recently
 PERSIST_S: Final = 10.0  # how often progress is written to the metadata during a long resync
@@ -40,7 +41,7 @@ class TargetRun:
     """A volume's resync as target."""
 
     __slots__ = (
-        "asking", "bytes_out", "checksums", "cursor", "ending", "failed", "n_equal", "next_persist", "out",
+        "asking", "bytes_out", "checksums", "cursor", "ending", "failed", "in_holes", "n_equal", "next_persist", "out",
         "piece_bits", "ready", "receiver", "thin", "tokens", "tokens_at",
     )  # fmt: skip
 
@@ -56,6 +57,7 @@ class TargetRun:
         self.next_persist = now + PERSIST_S
         self.checksums: Digest | None = None  # ask with the digests of our blocks
         self.n_equal = 0  # bits of which the digests agreed
+        self.in_holes = False  # the block that came last was all zero
         self.thin = 0  # bytes of a request whose answer may be that it is all zero; 0: never
         self.piece_bits = IO_MAX >> BLOCK_SHIFT  # no request crosses a multiple of this
         self.tokens = 0.0
@@ -72,7 +74,8 @@ class Target:
         """SyncTarget: how this run asks for blocks."""
         if not self.e.config.net.csums_after_crash_only or vol.crashed_primary:
             run.checksums = self.e.csums
-        thin = min(vol.config.disk_options.rs_discard_granularity, IO_MAX) & ~(BLOCK - 1)
+        granularity = vol.config.disk_options.rs_discard_granularity or (IO_MAX if vol.sparse else 0)
+        thin = min(granularity, IO_MAX) & ~(BLOCK - 1)
         if thin and self.e.link.features & Feature.THIN_RESYNC and run.checksums is None:
             run.thin = thin
             run.piece_bits = thin >> BLOCK_SHIFT
@@ -92,12 +95,12 @@ class Target:
         if not run.out and not run.ending:
             self._maybe_end(vol, run)
 
-    def _window(self, vol: Volume) -> int:
+    def _window(self, vol: Volume, run: TargetRun) -> int:
         fill = vol.config.disk_options.c_fill_target * SECTOR
         if fill:
             return fill
         busy = self.e.now - vol.last_app_io < BUSY_S or vol.n_unacked or vol.n_app
-        return WINDOW_BUSY if busy else WINDOW_IDLE
+        return WINDOW_BUSY if busy else WINDOW_HOLES if run.in_holes else WINDOW_IDLE
 
     @staticmethod
     def rate(vol: Volume) -> int:
@@ -115,14 +118,14 @@ class Target:
         return run.tokens
 
     def _ask(self, vol: Volume, run: TargetRun) -> None:
-        window, allowance = self._window(vol), self._allowance(vol, run)
+        window, allowance = self._window(vol, run), self._allowance(vol, run)
         while run.bytes_out < window and allowance > 0:
             bit = vol.bitmap.next_set(run.cursor)
             while bit >= 0 and (bit in run.failed):
                 bit = vol.bitmap.next_set(bit + 1)
             if bit < 0:
                 break
-            end = min(vol.bitmap.next_clear(bit), bit + run.piece_bits - bit % run.piece_bits, vol.n_bits)
+            end = vol.bitmap.next_clear(bit, bit + run.piece_bits - bit % run.piece_bits)
             offset = bit << BLOCK_SHIFT
             length = min(end << BLOCK_SHIFT, vol.size) - offset
             blocker = vol.intervals.blocker(offset, length)
@@ -191,6 +194,7 @@ class Target:
         self, vol: Volume, run: TargetRun, sector: int, lock: Lock, payload: memoryview | None, op: int
     ) -> None:
         held = Lock(lock.offset, lock.length)
+        run.in_holes = op == Op.ZEROES
 
         def start() -> None:
             if vol.target is not run or not vol.local:
@@ -200,7 +204,7 @@ class Target:
                 return
             vol.n_local += 1
             self.e.replica.n_active += 1
-            flags = MAY_UNMAP if op == Op.ZEROES else 0
+            flags = MAY_UNMAP | IF_HOLE if op == Op.ZEROES else 0
             self.e.out.disk.append(
                 CallbackOp(op, vol.number, lock.offset, lock.length, payload, flags, DATA,
                            lambda done: self._block_written(vol, run, sector, lock, held, done))

@@ -71,6 +71,7 @@ class Volume:
         self.la_peer_max_bio_size = 0
         self.la_size = 0  # last agreed size
         self.usable = 0  # what the local disk could offer; 0 without a disk
+        self.sparse = False  # the local disk is a file, in which holes take no space
         self.data_size = 0
         self.size = 0  # the current device size
         self.peer_size = 0  # what the peer's disk could offer; 0 unknown

@@ -142,6 +142,18 @@ class Device:
             self.write([memoryview(_zeroes)[:step]], offset)
             offset += step
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the file has nothing in this range, so that it reads as zeroes; of a device never.
+
+        Quick: no more than a look at the file's extents. What lies beyond the file's end is no hole.
+        """
+        if self.block:
+            return False
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:  # ENXIO: no data from here to the end of the file, wherever that is
+            return error.errno == errno.ENXIO and self.size() >= offset + length
+
     def extents(self, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
         """What the range consists of: (length, hole) pairs, at most *n_max*, from *offset* on.
 

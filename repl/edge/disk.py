@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tandem.repl.requests import FUA, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
+from tandem.repl.requests import FUA, IF_HOLE, MAY_UNMAP, META, PREFLUSH, Buffer, DiskOp, Op
 
 from .blockio import CANNOT, IOV_MAX, Device, room
 from .calls import READ, SLOW_S, WRITE
@@ -129,6 +129,10 @@ class Disk:
             first = ops[at]
             kind, offset, flags = first.op, first.offset, first.flags
             volume = self._volumes[first.volume]
+            if flags & IF_HOLE and volume.data.is_hole(offset, first.length):
+                done.append(first)
+                at += 1
+                continue
             if kind > WRITE or flags & PREFLUSH:
                 self._single(volume, first)
                 at += 1

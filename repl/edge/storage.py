@@ -203,7 +203,7 @@ class Storage:
             self._disk.add(number, opened)
             loaded, found.loaded = found.loaded, None  # from here on the machine's, which forgets it at detach
             assert loaded is not None
-            self._report(Attached(ticket, number, loaded))
+            self._report(Attached(ticket, number, loaded, sparse=not data.block))
 
     def _close(self, number: int, storage: OpenStorage) -> None:
         """In the worker, because closing a device may write back what it holds."""

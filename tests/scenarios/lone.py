@@ -253,10 +253,12 @@ class Lone:
         return LoadedDisk(block, self.layout, bitmap, self.layout.usable, 0, 0)
 
     def attach(self, **found: Any) -> None:
+        """Attach disks that `loaded` describes; *sparse* when they are files."""
+        sparse = bool(found.pop("sparse", False))
         ticket = self.command("attach")
         for _ in self.engine.volumes:
             effect = self.of(Attach)[-1]
-            self.handle(Attached(effect.ticket, effect.volume, self.loaded(**found)))
+            self.handle(Attached(effect.ticket, effect.volume, self.loaded(**found), sparse))
             self.settle()
         assert self.answered(ticket) == "done"
 

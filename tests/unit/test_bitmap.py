@@ -65,6 +65,8 @@ class Model(RuleBasedStateMachine):
         assert self.bitmap.next_set(first) == min((b for b in self.model if b >= first), default=-1)
         clear = next((b for b in range(first, self.bitmap.n_bits) if b not in self.model), self.bitmap.n_bits)
         assert self.bitmap.next_clear(first) == clear
+        if first <= end:
+            assert self.bitmap.next_clear(first, end) == min(clear, end)
 
     @rule(data=st.data())
     def follow_the_runs(self, data: st.DataObject) -> None:

@@ -15,7 +15,7 @@ from tandem.repl.edge import blockio, calls
 from tandem.repl.edge import disk as disk_module
 from tandem.repl.edge.blockio import Device
 from tandem.repl.edge.disk import INLINE_BYTES_MAX, Disk, OpenVolume
-from tandem.repl.requests import DATA, FUA, MAY_UNMAP, META, PREFLUSH, DiskOp, Op
+from tandem.repl.requests import DATA, FUA, IF_HOLE, MAY_UNMAP, META, PREFLUSH, DiskOp, Op
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -433,6 +433,26 @@ def test_extents_tell_holes_from_data(path: Path) -> None:
         assert found == [(4 * MIB, True), (MIB, False), (11 * MIB, True)]
         assert await bench.disk.extents(0, 4 * MIB + 4096, 2 * MIB, 1) == [(MIB - 4096, False)]
         assert await bench.disk.extents(7, 0, 512, 1) == [(512, False)]
+
+    on_loop(test, path)
+
+
+def test_a_hole_is_neither_read_nor_made_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(bench: Bench) -> None:
+        os.pwrite(bench.fd, b"x", 3 * MIB - 1)
+        reads = [DiskOp(Op.READ, 0, at * MIB, MIB, None, IF_HOLE) for at in (0, 2, 3, 15)]
+        await bench.all_of(reads)
+        assert [op.payload is None for op in reads] == [True, False, True, True]
+        assert bytes(reads[1].payload or b"") == bytes(MIB - 1) + b"x"
+        zeroes = [DiskOp(Op.ZEROES, 0, at * MIB, MIB, None, IF_HOLE | MAY_UNMAP) for at in (1, 2)]
+        inline = await bench.all_of(zeroes)
+        assert inline == zeroes[:1] and bench.content(2 * MIB, MIB) == bytes(MIB)
+        beyond = DiskOp(Op.READ, 0, SIZE - 512, 1024, None, IF_HOLE)
+        await bench.all_of([beyond])
+        assert beyond.error == errno.EIO
+        monkeypatch.setattr(bench.device, "block", True)  # which may well return something else than zeroes
+        await bench.all_of(reads[:1])
+        assert bytes(reads[0].payload or b"") == bytes(MIB)
 
     on_loop(test, path)
 

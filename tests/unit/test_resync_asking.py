@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from tandem.repl.digests import DIGESTS
-from tandem.repl.requests import Op
+from tandem.repl.requests import IF_HOLE, Op
 from tandem.repl.states import ConnState, DiskState
 from tandem.repl.wire import (
     ID_SYNCER,
     Packet,
     pack_ack,
     pack_block_desc,
+    pack_block_req,
     pack_data,
     packet,
     unpack_block_req,
@@ -23,6 +24,7 @@ from tests.scenarios.lone import FEATURES_ALL, Lone
 
 P = Packet
 THIN_RESYNC = 2
+MIB = 1 << 20
 REQUESTS = (P.RS_DATA_REQUEST, P.RS_THIN_REQ, P.CSUM_RS_REQUEST)
 
 
@@ -148,6 +150,44 @@ def test_a_piece_of_zeroes_is_written_and_confirmed_as_a_whole() -> None:
 def test_no_thin_request_without_a_piece_of_whole_blocks(granularity: int) -> None:
     lone = Lone(disk={"rs_discard_granularity": granularity}).target((0, 300))
     assert asked(lone) == [(P.RS_DATA_REQUEST, 0, 256), (P.RS_DATA_REQUEST, 256, 44)]
+
+
+def test_a_file_is_asked_for_as_thin_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lone = Lone()
+    attach = lone.attach
+    monkeypatch.setattr(lone, "attach", lambda **found: attach(sparse=True, **found))
+    lone.target((0, 300))
+    assert asked(lone) == [(P.RS_THIN_REQ, 0, 256), (P.RS_DATA_REQUEST, 256, 44)]
+
+
+def test_where_zeroes_are_found_more_is_asked_for_at_once() -> None:
+    lone = Lone(disk={"rs_discard_granularity": MIB}).target((0, 50 * 256))
+    assert len(asked(lone)) == 8
+    for at in range(8):
+        lone.data(pack_block_desc(P.RS_DEALLOCATED, 0, at * 2048, MIB))
+    lone.settle()
+    assert len(asked(lone)) == 8 + 32
+    lone.data(reply(8 * 256, 256))
+    lone.settle()
+    assert len(asked(lone)) == 8 + 32
+
+
+def thin(bit: int, n: int) -> bytes:
+    return pack_block_req(P.RS_THIN_REQ, 0, bit * 8, ID_SYNCER, n * 4096)
+
+
+@pytest.mark.parametrize("content", [None, bytes(65536), bytes(65535) + b"x", b"x" + bytes(65535)])
+def test_a_source_names_what_is_a_hole_or_all_zero(content: bytes | None) -> None:
+    lone = Lone().source((16, 32))
+    lone.data(thin(16, 16))
+    (read,) = [op for op in lone.disk if op.op == Op.READ]
+    assert read.flags == IF_HOLE
+    read.payload = content
+    lone.disk.remove(read)
+    lone.engine.disk_done([read])
+    lone.take()
+    named = content is None or not any(content)
+    assert lone.sent(P.RS_DEALLOCATED, P.RS_DATA_REPLY) == [P.RS_DEALLOCATED if named else P.RS_DATA_REPLY]
 
 
 def test_no_thin_request_to_a_peer_that_knows_none() -> None:
