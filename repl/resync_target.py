@@ -204,7 +204,9 @@ class Target:
                 return
             vol.n_local += 1
             self.e.replica.n_active += 1
-            flags = MAY_UNMAP | IF_HOLE if op == Op.ZEROES else 0
+            flags = 0
+            if op == Op.ZEROES:  # space that is reserved is given back only where that was asked for
+                flags = MAY_UNMAP if vol.config.disk_options.rs_discard_granularity else MAY_UNMAP | IF_HOLE
             self.e.out.disk.append(
                 CallbackOp(op, vol.number, lock.offset, lock.length, payload, flags, DATA,
                            lambda done: self._block_written(vol, run, sector, lock, held, done))

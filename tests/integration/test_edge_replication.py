@@ -175,10 +175,14 @@ class Pair:
         await self.in_sync()
 
 
-def run(directory: Path, test: Callable[[Pair, int], Awaitable[None]], content: bytes = b"") -> None:
+def run(
+    directory: Path, test: Callable[[Pair, int], Awaitable[None]], content: bytes = b"", other: bytes = b""
+) -> None:
+    """*test* with two nodes whose disks begin with *content* and *other*."""
+
     async def main() -> None:
         usable = create(directory / "a", content=content)
-        create(directory / "b")
+        create(directory / "b", content=other)
         pair = Pair(directory)
         try:
             await pair.up()
@@ -206,6 +210,30 @@ def test_initial_sync_copies_everything(directory: Path) -> None:
         assert pair.b.content(usable) == pair.a.content(usable) != bytes(usable)
 
     run(directory, test, content)
+
+
+def test_holes_become_zeroes_and_stay_holes(directory: Path) -> None:
+    draw = random.Random(2)
+
+    async def test(pair: Pair, usable: int) -> None:
+        with open(pair.a.path, "r+b") as file:
+            for at in (MIB + 4096, 3 * MIB - 512, 5 * MIB, 9 * MIB, 11 * MIB + 8192):
+                os.pwrite(file.fileno(), b"data", at)
+        await pair.a.ok("primary", force=True)
+        for _ in range(300):  # while it goes on
+            at = draw.randrange(usable // 4096 - 64) * 4096
+            match draw.randrange(3):
+                case 0:
+                    await pair.a.client.do(Op.WRITE, at, 4096, draw.randbytes(4096))
+                case 1:
+                    await pair.a.client.do(Op.TRIM, at, 4096 * draw.randrange(1, 64))
+                case _:
+                    await pair.a.client.do(Op.ZEROES, at, 4096 * draw.randrange(1, 64), flags=MAY_UNMAP)
+        await pair.in_sync()
+        assert pair.b.content(usable) == pair.a.content(usable)
+        assert pair.b.path.stat().st_blocks << 9 < usable // 2
+
+    run(directory, test, other=bytes([0xEE]) * (8 * MIB))
 
 
 def test_writes_of_all_kinds_reach_both_disks(directory: Path) -> None:

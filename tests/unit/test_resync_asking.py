@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tandem.repl.digests import DIGESTS
-from tandem.repl.requests import IF_HOLE, Op
+from tandem.repl.requests import IF_HOLE, MAY_UNMAP, Op
 from tandem.repl.states import ConnState, DiskState
 from tandem.repl.wire import (
     ID_SYNCER,
@@ -141,7 +141,7 @@ def test_whole_pieces_are_asked_for_as_thin_and_the_rest_as_it_is() -> None:
 def test_a_piece_of_zeroes_is_written_and_confirmed_as_a_whole() -> None:
     lone = Lone(disk={"rs_discard_granularity": 65536}).target((16, 32))
     lone.data(pack_block_desc(P.RS_DEALLOCATED, 0, 128, 65536))
-    assert [(op.op, op.offset, op.length) for op in lone.disk] == [(Op.ZEROES, 65536, 65536)]
+    assert [(op.op, op.offset, op.length, op.flags) for op in lone.disk] == [(Op.ZEROES, 65536, 65536, MAY_UNMAP)]
     lone.settle()
     assert lone.sent(P.RS_WRITE_ACK) == [P.RS_WRITE_ACK] and lone.vol.bitmap.weight == 0
 
@@ -158,6 +158,8 @@ def test_a_file_is_asked_for_as_thin_without_being_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(lone, "attach", lambda **found: attach(sparse=True, **found))
     lone.target((0, 300))
     assert asked(lone) == [(P.RS_THIN_REQ, 0, 256), (P.RS_DATA_REQUEST, 256, 44)]
+    lone.data(pack_block_desc(P.RS_DEALLOCATED, 0, 0, MIB))
+    assert [(op.op, op.flags) for op in lone.disk] == [(Op.ZEROES, MAY_UNMAP | IF_HOLE)]
 
 
 def test_where_zeroes_are_found_more_is_asked_for_at_once() -> None:
