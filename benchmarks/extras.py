@@ -82,11 +82,11 @@ def _status(pid: int, field: str) -> int:
 
 def writes_during_resync(system: Tandem, size: int) -> Figure:
     """The rate of 4 KiB writes while a resync runs, to their rate when none does."""
-    alone = run_fio(LOAD, system.engine, size, 1.0, 1)["write"]["iops"]
+    alone = run_fio(LOAD, system, size, 1.0, 1)["write"]["iops"]
     during: list[float] = []
     system.resync(
-        lambda: run_fio(FILL, system.engine, size, 0.5 + size / (300 * MIB), 1),
-        lambda: during.append(run_fio(LOAD, system.engine, size, 0.5, 2)["write"]["iops"]),
+        lambda: run_fio(FILL, system, size, 0.5 + size / (300 * MIB), 1),
+        lambda: during.append(run_fio(LOAD, system, size, 0.5, 2)["write"]["iops"]),
     )
     return Figure("4 KiB writes during a resync, to without", during[0] / alone, "", 0.5)
 

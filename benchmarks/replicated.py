@@ -1,4 +1,4 @@
-"""The systems that keep two copies: Tandem, alone and inside nbdkit, qemu's two mirrors, GlusterFS.
+"""The systems that keep two copies: Tandem, alone and inside nbdkit, qemu's two mirrors, GlusterFS, the kernel's DRBD.
 
 All of them answer a write when both copies have it. `Tandem` also knows how to make and watch a resync, a
 verify and an attach, for `extras`.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from systems import BenchError, NbdkitFile, NbdServer, QemuNbd, System, free_port, last_line
+from workloads import MIB, descendants
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 QMP_S: Final = 60.0
@@ -71,6 +72,33 @@ class Tandem(System):
         self.adm(node, "up", "r0")
         self.pids.append(self.pid(node))
 
+    @classmethod
+    def loops(cls) -> str:
+        """Whether its nodes run with the compiled loops, as a sentence."""
+        program = (
+            "from tandem.repl.compiled import batches as a; from tandem.nbd.compiled import batches as b\n"
+            "import os, pathlib\n"
+            "files = [pathlib.Path(os.path.realpath(m.__file__)) for m in (a, b)]\n"
+            "source = max(f.with_name('_batches.pyx').stat().st_mtime for f in files)\n"
+            "print('no' if any(f.suffix == '.py' for f in files) else "
+            "'old' if min(f.stat().st_mtime for f in files) < source else 'yes')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=cls.environment(), check=False
+        )
+        said = {
+            "yes": "ran with its compiled loops.",
+            "old": "RAN WITH COMPILED LOOPS THAT ARE OLDER THAN THEIR SOURCE; `make clean bench` builds them anew.",
+            "no": "RAN WITHOUT ITS COMPILED LOOPS, so 4 KiB operations take up to twice the processor time. Where "
+            "there is a C compiler, `make clean bench` builds them.",
+        }
+        return f"{cls.title}: {said.get(done.stdout.strip()) or done.stderr.strip()[-200:]}"
+
+    @classmethod
+    def environment(cls) -> dict[str, str]:
+        """What its programs are run with."""
+        return os.environ | ({"PYTHONPATH": str(cls.tree / "tests" / "typing")} if cls.tree is not None else {})
+
     def pid(self, node: str) -> int:
         return int((self.directory / "run" / node / "r0.pid").read_text(encoding="ascii"))
 
@@ -80,10 +108,7 @@ class Tandem(System):
             sys.executable, "-c", "from tandem.tools.adm import main; main()", "-c", str(self.directory / "conf"),
             "--node", node, "--run-dir", str(self.directory / "run"), *args,
         ]  # fmt: skip
-        environment = dict(os.environ)
-        if self.tree is not None:
-            environment["PYTHONPATH"] = str(self.tree / "tests" / "typing")
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), check=False)
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             said += f" ({last_line(self.directory / 'run' / node / 'r0.log')})"
@@ -303,6 +328,62 @@ class Gluster(System):
                 os.kill(pid, 9)
 
 
+class KernelDrbd(System):
+    """The kernel's DRBD, in two guests of the lab; fio runs in the guest of the Primary, on the block device.
+
+    A User-Mode-Linux guest has one processor, and every system call and interrupt in it costs many times what it
+    does on the machine itself. So the figures say what such a guest does, not what DRBD can do.
+    """
+
+    name = "kernel-drbd"
+    title = "kernel DRBD in UML guests, fio inside"
+    is_replicated = True
+
+    @classmethod
+    def unavailable(cls) -> str:
+        probe = [sys.executable, "-c", "from tests.lab.uml import missing; print(missing())"]
+        done = subprocess.run(probe, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+        return done.stderr.strip().split("\n")[-1] if done.returncode else done.stdout.strip()
+
+    def start(self) -> None:
+        log = open(self.directory / "log", "ab")  # noqa: SIM115 - closed with the stack
+        self.stack.callback(log.close)
+        self.guests = subprocess.Popen(
+            [sys.executable, "-m", "tests.lab.kernel_pair", str(self.size // MIB)], cwd=REPOSITORY,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+        self.stack.callback(self._end)
+        assert self.guests.stdout is not None
+        if self.guests.stdout.readline() != "ready\n":
+            raise BenchError(f"{self.title} did not start: {last_line(self.directory / 'log')}")
+        self.pids += descendants(self.guests.pid)
+
+    def _end(self) -> None:
+        assert self.guests.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.guests.stdin.close()
+        try:
+            self.guests.wait(QMP_S)
+        except subprocess.TimeoutExpired:
+            self.guests.kill()
+            self.guests.wait()
+
+    @property
+    def engine(self) -> list[str]:
+        # Threads: fio's processes would share a part of memory that a guest's small /dev/shm must hold.
+        return ["--ioengine=libaio", "--direct=1", "--thread", "--filename=/dev/drbd0"]
+
+    def execute(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        assert self.guests.stdin is not None and self.guests.stdout is not None
+        self.guests.stdin.write(json.dumps(command) + "\n")
+        self.guests.stdin.flush()
+        line = self.guests.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.title} ended: {last_line(self.directory / 'log')}")
+        return subprocess.CompletedProcess(command, *json.loads(line))
+
+
 ALL: Final[tuple[type[System], ...]] = (
     NbdkitFile, QemuNbd, NbdServer, Tandem, TandemInNbdkit, QemuQuorum, QemuBlockdevMirror, Gluster,
+    KernelDrbd,
 )  # fmt: skip

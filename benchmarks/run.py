@@ -107,7 +107,7 @@ def _run(
         system = cls(directory, options.size)
         stack.callback(system.stop)
         system.start()
-        run_fio(FILL, system.engine, options.size, 0.5 + options.size / (500 * MIB), 1)
+        run_fio(FILL, system, options.size, 0.5 + options.size / (500 * MIB), 1)
         systems.append(system)
     workloads = [
         w for w in WORKLOADS
@@ -117,7 +117,8 @@ def _run(
         w.name: {s.name: [] for s in systems} for w in workloads
     }
     resyncs: dict[str, list[float]] = {s.name: [] for s in systems if s.name in RESYNCED}
-    loads: list[float] = []
+    others = machine.Others()
+    every = [pid for system in systems for pid in system.pids]
     for number in range(options.rounds):
         for workload in workloads:
             # The order changes from round to round, so that nobody always comes after the same neighbour.
@@ -125,31 +126,33 @@ def _run(
                 if console.is_terminal:
                     text = f"round {number + 1} of {options.rounds}: {workload.title}: {system.title}"
                     console.print(text, end="\x1b[K\r", highlight=False)
-                results[workload.name][system.name].append(_measure(workload, system, options, number))
+                with others.watch(every):
+                    found = _measure(workload, system, options, number)
+                results[workload.name][system.name].append(found)
         if not options.no_resync:
             for system in systems:
                 if isinstance(system, Tandem) and system.name in RESYNCED:
                     resyncs[system.name].append(_resync(system, options))
-        loads.append(machine.load())
     figures = [] if options.quick or options.no_extras else _extras(options, console, systems, directory)
-    described["load after"] = machine.load()
-    notes = _resync_notes(resyncs, results)
-    notes += _load_notes(described, loads)
+    described["others during"] = others.share
+    loops = [system.loops() for system in systems if isinstance(system, Tandem)]
+    described["loops"] = " ".join(loops)
+    notes = [*_resync_notes(resyncs, results), *loops, *_machine_notes(described)]
     titles = {system.name: system.title for system in systems}
     shown = [(w, results[w.name]) for w in workloads]
     report.show(console, titles, REFERENCE, shown, notes)
     peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)]
-    if peers:
+    if peers and "tandem" in titles:
         report.show_peers(console, titles, peers, shown)
     memory = [extras.Figure(f"peak memory of a process: {s.title}", extras.peak_rss(s.pids), "MiB") for s in systems]
     report.show_figures(console, [*figures, *memory])
-    found = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
+    everything = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     if options.plots:
         import plots  # Its library is not needed for anything else.
 
-        plots.draw(found, Path(options.plots))
+        plots.draw(everything, Path(options.plots))
     return 0
 
 
@@ -172,7 +175,7 @@ def _extras(
 def _measure(workload: Workload, system: System, options: argparse.Namespace, number: int) -> Measured:
     ticks = os.sysconf("SC_CLK_TCK")
     before = cpu_seconds(system.pids, ticks)
-    fio = run_fio(workload, system.engine, options.size, options.seconds, number + 1)
+    fio = run_fio(workload, system, options.size, options.seconds, number + 1)
     return measured(workload, fio, cpu_seconds(system.pids, ticks) - before)
 
 
@@ -180,7 +183,7 @@ def _resync(system: Tandem, options: argparse.Namespace) -> float:
     """Bytes per second of copying one dirty region: the first 256 MiB (1 GiB at most)."""
     size = min(options.size, 1 << 30)
     seconds = 0.5 + size / (300 * MIB)
-    n_bytes, took = system.resync(lambda: run_fio(FILL, system.engine, size, seconds, 1))
+    n_bytes, took = system.resync(lambda: run_fio(FILL, system, size, seconds, 1))
     return n_bytes / took
 
 
@@ -202,14 +205,14 @@ def _resync_notes(resyncs: dict[str, list[float]], results: dict[str, dict[str, 
     return notes
 
 
-def _load_notes(described: dict[str, Any], loads: list[float]) -> list[str]:
-    before = float(described["load before"])
+def _machine_notes(described: dict[str, Any]) -> list[str]:
+    before, during = float(described["others before"]), float(described["others during"])
     notes = [
         f"{described['processors']} × {described['processor']}, kernel {described['kernel']}, "
-        f"Python {described['python']}, {described['file system']}; load average before {before:.1f}, "
-        f"during {max(loads):.1f}."
+        f"Python {described['python']}, {described['file system']}; other programs used {before:.0%} of the "
+        f"processors before and {during:.0%} during the measurements."
     ]
-    if before > 0.3:
+    if max(before, during) > machine.IDLE:
         notes.append("The machine was not idle: only the ratios mean something, and their spread is wide.")
     return notes
 

@@ -61,6 +61,10 @@ class System(ABC):
         """fio's arguments that say how this system is reached."""
         return ["--ioengine=nbd", f"--uri={self.uri}"]
 
+    def execute(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        """Run fio where this system can be reached. Raises subprocess.TimeoutExpired."""
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+
     # ------------------------------------------------------------------------------ for subclasses
 
     def backing_file(self, name: str) -> Path:

@@ -6,12 +6,13 @@ systems is always "theirs to the reference's", so for rates more is better and f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 RATE: Final = "rate"
 LATENCY: Final = "latency"
@@ -103,8 +104,17 @@ class Measured:
         return self.ops_per_s if workload.figure == RATE else self.latency_us
 
 
-def run_fio(workload: Workload, engine: Sequence[str], size: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Run the job with the engine arguments of a system; fio's figures of it. Raises FioError."""
+class Target(Protocol):
+    """What fio is to load: a system, or whatever else can be reached."""
+
+    @property
+    def engine(self) -> list[str]: ...
+    def execute(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]: ...
+
+
+def run_fio(workload: Workload, target: Target, size: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Run the job on *target*; fio's figures of it. Raises FioError."""
+    engine = target.engine
     share = size // workload.jobs
     command = [
         "fio", f"--name={workload.name}", *engine, f"--rw={workload.rw}", "--rwmixread=70",
@@ -116,7 +126,7 @@ def run_fio(workload: Workload, engine: Sequence[str], size: int, seconds: float
     if workload.fsync:
         command.append("--fsync=1")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + GRACE_S, check=False)
+        done = target.execute(command, seconds + GRACE_S)
     except subprocess.TimeoutExpired as error:
         raise FioError(f"fio did not end within {seconds + GRACE_S:.0f} s: {' '.join(engine)}") from error
     begin = done.stdout.find("{")  # fio says one line about the job before its JSON
@@ -151,6 +161,15 @@ def measured(workload: Workload, job: dict[str, Any], cpu_s: float) -> Measured:
     )
 
 
+def descendants(pid: int) -> list[int]:
+    """*pid* and all processes that it and its children have started and that still run."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            found += map(int, (task / "children").read_text(encoding="ascii").split())
+    return found
+
+
 def cpu_seconds(pids: Sequence[int], clock_ticks: int) -> float:
     """CPU time that these processes, and their children that have ended, have used so far, user and system.
 
@@ -158,7 +177,8 @@ def cpu_seconds(pids: Sequence[int], clock_ticks: int) -> float:
     """
     total = 0
     for pid in pids:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
-        fields = stat[stat.rindex(")") + 2 :].split()  # the name before may hold anything
-        total += sum(int(field) for field in fields[11:15])
+        with contextlib.suppress(FileNotFoundError):  # it has ended, and its parent counts its time
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+            fields = stat[stat.rindex(")") + 2 :].split()  # the name before may hold anything
+            total += sum(int(field) for field in fields[11:15])
     return total / clock_ticks
