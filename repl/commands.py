@@ -99,6 +99,9 @@ class Commands:
                     return -10
             result = self.e.change(vol, replace(vol.state, **wish))
             if isinstance(result, Refusal):
+                if needs_agreement(old, new) and "conn" in wish:  # the peer has begun what we cannot any more
+                    self.e.drop(ConnState.PROTOCOL_ERROR, "the peer agreed to a resync that cannot begin here now")
+                    return result.code
                 if result.code == -18:
                     yield self.e.next_change
                     continue
@@ -194,7 +197,10 @@ class Commands:
         wishes: tuple[dict[str, Any], ...] = ({}, {"disk": DiskState.OUTDATED}, {"pdsk": DiskState.OUTDATED})
         extra = wishes[0]
         code = SUCCESS
-        for _ in range(TRIES):
+        for _ in range(TRIES + 2):
+            if self.e.cstate < ConnState.CONNECTED:  # it went meanwhile, and nobody was promised anything
+                extra = wishes[0]
+                break
             codes = [
                 change(v.state, replace(v.state, conn=ConnState.DISCONNECTING, **extra), self.e.facts(v))
                 for v in self.e.volumes.values()
@@ -209,8 +215,15 @@ class Commands:
             if bad is not None and bad.code in (-16, -9):
                 break
             if bad is not None:
+                self._stay()
                 return bad
             mask, val = MASKS["conn"], ConnState.DISCONNECTING << 4
+            if "disk" in extra and not all(v.leaving for v in self.e.volumes.values()):
+                # The peer relies on it from its answer on; dead before that is durable, we would come back UpToDate.
+                for vol in self.e.volumes.values():
+                    vol.leaving = True
+                    yield self._durable(vol)
+                continue
             if "disk" in extra:
                 mask, val = mask | MASKS["disk"], val | DiskState.OUTDATED << 9
             if "pdsk" in extra:
@@ -225,15 +238,24 @@ class Commands:
                 yield self.e.next_change
                 continue
             if code < 0:
+                self._stay()
                 return refusal(-10, f"peer: ({code})")
             break
         if code == LOST and "pdsk" in extra:
             extra = {}  # nobody knows whether the peer has outdated itself: fencing has to find out
         self.e.stand_alone("", outdate=next(iter(extra), ""))
+        self._stay()
         for vol in self.e.volumes.values():
             if extra:
                 yield self._durable(vol)
         return None
+
+    def _stay(self) -> None:
+        """The wish to part as the Outdated one is over: the superblocks say again what is."""
+        for vol in self.e.volumes.values():
+            if vol.leaving:
+                vol.leaving = False
+                self.e.write_superblock(vol, None)
 
     # ------------------------------------------------------------------------------ role
 
@@ -321,6 +343,8 @@ class Commands:
             checked = change(vol.state, replace(vol.state, role=Role.SECONDARY), self.e.facts(vol))
             if isinstance(checked, Refusal) and checked.code != -18:
                 return refusal(checked.code)
+            while vol.n_app:  # of clients whose sessions were ended
+                yield lambda resume, v=vol: self.e.when_quiet(v, lambda: resume(None), answered=True)  # type: ignore[misc]
             # Only a Primary makes a new generation when it loses its peer, so the peer must hold everything
             # stably (or be lost) before this node stops being one.
             yield self.e.log.when_empty

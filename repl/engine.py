@@ -94,7 +94,7 @@ class Engine:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, Callable[[Any], None]]] = []
         self._next_change: list[Callable[[Any], None]] = []
-        self._quiet: list[tuple[Volume, Callable[[], None]]] = []
+        self._quiet: list[tuple[Volume, Callable[[], None], bool]] = []
         self._connect_at: float | None = None
         self.log = TransferLog(self)
         self.flushes = Flushes(self)
@@ -318,14 +318,14 @@ class Engine:
         """Resume after the next state change."""
         self._next_change.append(resume)
 
-    def when_quiet(self, vol: Volume, then: Callable[[], None]) -> None:
-        """Call once no application request and no metadata write of *vol* is in flight."""
-        self._quiet.append((vol, then))
+    def when_quiet(self, vol: Volume, then: Callable[[], None], *, answered: bool = False) -> None:
+        """Call once no application request (*answered*: nor a held one) and no metadata write of *vol* is in flight."""
+        self._quiet.append((vol, then, answered))
 
     def _check_quiet(self) -> None:
-        for entry in list(self._quiet):
-            vol, then = entry
-            held = len(vol.held)
+        for entry in tuple(self._quiet):
+            vol, then, answered = entry
+            held = 0 if answered else len(vol.held)
             if vol.n_app == held and (vol.meta is None or vol.meta.idle):
                 self._quiet.remove(entry)
                 then()

@@ -115,8 +115,12 @@ class Source:
         vol.bytes_sent += op.length
 
     def block_acked(self, vol: Volume, sector: int, size: int) -> None:
-        """P_RS_WRITE_ACK with the syncer's id: the target has the block."""
-        vol.set_in_sync(sector << 9, size)
+        """P_RS_WRITE_ACK with the syncer's id: the target has the block.
+
+        From a target that has given up its disk meanwhile this says nothing of what we wrote there since.
+        """
+        if vol.state.pdsk >= DiskState.INCONSISTENT:
+            vol.set_in_sync(sector << 9, size)
 
     def block_refused(self, vol: Volume, size: int) -> None:
         """P_NEG_ACK with the syncer's id: the target could not write it."""

@@ -58,6 +58,7 @@ class Volume:
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
         self.conn_serial = 0  # counts changes of state.conn: what waited in one state must not go on in its next visit
         self.target_done = False  # the target said so while bits of ours were still set
+        self.leaving = False  # this node disconnects as the one that is Outdated from then on
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.unproven: DiskState | None = None  # our disk's state while a diskless Primary has not yet taken us
         self.unmarked = 0  # PRIMARY_IND is on its way to the disk
@@ -212,6 +213,8 @@ class Volume:
             flags |= MdFlag.SYNC_ENDING
         if self.begin_unknown:
             flags &= ~MdFlag.PEER_OUT_DATED
+        if self.leaving:
+            flags &= ~MdFlag.WAS_UP_TO_DATE
         if self.primary_hold:
             flags |= MdFlag.PRIMARY_IND
         if self.full_sync_flag:

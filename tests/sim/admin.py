@@ -93,6 +93,10 @@ def add_options(world: World, options: list[Option]) -> None:
         promoting = any(c.name in ("primary", "secondary") for c in world.peer_of(node).commands.values())
         if not (a.primary or b.primary or promoting or node.attaches) and _may_promote(world, node):
             options.append((1.0, command, (node, "primary")))
+            if world.mix.auto_promote:
+                options.append((2.0, open_first, (node,)))
+        elif node.primary and world.mix.auto_promote and not node.opened:
+            options.append((0.5, command, (node, "secondary")))  # its clients went, the peer did not agree to more
         if world.mix.two_primaries and not node.primary and node.connected:
             options.append((0.5, command, (node, "primary")))
         if node.state().conn is C.STAND_ALONE:
@@ -119,6 +123,7 @@ def _add_mischief(world: World, node: Node, options: list[Option], w: float) -> 
     peer = world.peer_of(node)
     if node.primary and not node.closing:
         options.append((w / 2, close_clients, (node,)))
+        options.append((w / 8, demote_by_force, (node,)))
     if s.conn >= C.WF_CONNECTION:
         options.append((w / 3, command, (node, "disconnect")))
     if sv.disk >= D.INCONSISTENT and s.conn >= C.CONNECTED:
@@ -185,9 +190,12 @@ def give_in(node: Node) -> None:
 
 
 def command(node: Node, name: str, volume: int | None = None) -> None:
-    if name in ("detach", "resume-io") and node.primary:
-        # A detach that only the peer has heard of makes a generation there, as in DRBD.
-        node.world.split_possible = True
+    generations = node.world.checks.generations
+    if name == "resume-io" and node.primary:
+        generations.excuse(node, "the operator let frozen I/O go on")
+    if name == "detach" and node.primary:
+        for one in node.world.nodes:  # one that only the peer has heard of makes a generation there, as in DRBD
+            generations.excuse(one, "a Primary was told to detach")
     node.command(name, volume)
 
 
@@ -199,9 +207,22 @@ def close_clients(node: Node) -> None:
 
 def finish_demotion(node: Node) -> None:
     node.close_exports()
-    if node.engine is not None:
+    if node.engine is not None and not node.auto:
         node.command("secondary")
-    node.closing = False
+    node.closing = node.auto = False
+
+
+def open_first(node: Node) -> None:
+    """A client that wants to write comes to a Secondary (auto-promote)."""
+    node.auto = True
+    node.command("primary", auto=True)
+
+
+def demote_by_force(node: Node) -> None:
+    """secondary --force: the clients' sessions end, what they have under way is finished."""
+    node.close_exports()
+    node.closing = node.auto = False
+    node.command("secondary")
 
 
 def invalidate(node: Node, volume: int, victim: Node, name: str) -> None:
@@ -317,7 +338,10 @@ class Healer:
                 node.command("connect")
             return
         if not world.split_possible and self._good_everywhere():
-            self._refuse_split_brain()
+            why = world.checks.generations.excuse_for_split()
+            if not why:
+                self._refuse_split_brain()
+            world.note(None, "split brain, because", why)
         self._resolve(alone)
 
     def _good_everywhere(self) -> bool:

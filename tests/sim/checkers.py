@@ -21,7 +21,16 @@ from tandem.repl.uuids import CompareFacts, UuidSet, compare
 from .admin import behind
 from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
 from .fake_disk import PAGE, FakeDisk, Sparse
-from .histories import check_only_side, check_split_brain_decided, could_be_primary, met, parted, superseded
+from .generations import Generations
+from .histories import (
+    agreed_again,
+    check_only_side,
+    check_split_brain_decided,
+    could_be_primary,
+    met,
+    parted,
+    superseded,
+)
 from .ondisk import (
     BITS_PER_EXTENT,
     PRIMARY_IND,
@@ -78,6 +87,7 @@ class Checks:
         self.records: dict[tuple[int, int], DiskRecord] = {}
         self.differ: list[set[int]] = [set() for _ in range(world.mix.n_volumes)]
         self.pages_end: list[int] = []
+        self.generations = Generations(world)
 
     def start(self) -> None:
         for node in self.w.nodes:
@@ -109,7 +119,9 @@ class Checks:
         record, where = self.record(node, op.volume), node.layouts[op.volume]
         assert op.payload is not None
         if op.offset == where.superblock:
-            record.super_flying.append(view_of(bytes(op.payload)).identity)
+            view = view_of(bytes(op.payload))
+            record.super_flying.append(view.identity)
+            self.generations.seen(node, op.volume, view.current)
         elif where.al <= op.offset < where.al + where.al_blocks * PAGE:
             for at in range(0, op.length, PAGE):
                 for extent in record.ring.evicted_by(bytes(op.payload[at : at + PAGE])):
@@ -405,7 +417,7 @@ class Checks:
         nodes = []
         if state.disk is D.UP_TO_DATE:
             nodes.append(node)
-        if state.connected and state.pdsk is D.UP_TO_DATE and self.w.peer_of(node).connected:
+        if state.connected and state.pdsk is D.UP_TO_DATE and self.w.peer_of(node).connected and not ask.alone:
             nodes.append(self.w.peer_of(node))
         for holder in nodes:
             read = self.reader(holder, volume, durable=True)
@@ -471,7 +483,7 @@ class Checks:
         ledger, state = self.w.ledgers[volume], node.state(volume)
         if not state.connected and self.w.mix.fencing is Fencing.DONT_CARE and behind(self.w, node, volume):
             # Asked for while connected, as an operator may; the link went, and nobody was fenced: a split brain.
-            self.w.split_possible = True
+            self.generations.excuse(node, "promoted while it looked connected, and behind")
         if state.disk is not D.UP_TO_DATE or any(
             c.name == "primary" and c.args.get("force") for c in node.commands.values()
         ):
@@ -504,6 +516,7 @@ class Checks:
 
     def _sync_ended(self, target: Node, volume: int) -> None:
         self.w.ledgers[volume].synced(1 - target.index, target.index)
+        agreed_again(self)
 
     def forced(self, node: Node) -> None:
         for v, ledger in enumerate(self.w.ledgers):

@@ -26,6 +26,8 @@ PEER_IS_PRIMARY = 6
 PEER_SHOT = 7
 BROKEN = 1
 OUT_OF_TIME = 20  # what the daemon says of a handler it had to kill
+REBOOTS = ("pri-lost", "pri-lost-after-sb")
+MAY_REBOOT = ("local-io-error", "pri-on-incon-degr")
 PEER_IS_OUT = (PEER_INCONSISTENT, PEER_OUTDATED, PEER_UNREACHABLE, PEER_SHOT)
 
 
@@ -40,9 +42,11 @@ class Running:
 
 def run(world: World, node: Node, effect: RunHandler) -> int:
     """The exit code of the handler, after it has done its work."""
-    if effect.name in ("pri-lost", "pri-lost-after-sb"):
+    if effect.name in REBOOTS or (effect.name in MAY_REBOOT and world.chance(2)):
         world.note(node, "reboots at once, as its handler says")
         world.crash(node, power=True)
+    if effect.name.startswith("before-resync-") and world.troubled and world.chance(10):
+        return BROKEN
     if effect.name != "fence-peer":
         return 0
     if world.troubled and world.mix.lying_handler and world.chance(4):

@@ -67,11 +67,10 @@ def parted(node: Node, volume: int) -> bool:
 
 def could_be_primary(node: Node, volume: int) -> bool:
     """Does the disk of *node* pass for good data, as far as the node itself knows?"""
-    if node.leaving:
-        return False  # the peer agreed that this node outdates itself; it may not have heard the answer yet
-    if node.engine is not None and node.state(volume).disk > D.NEGOTIATING:
+    if node.engine is not None and node.state(volume).disk > D.NEGOTIATING and not node.engine.volumes[volume].leaving:
         return node.state(volume).disk > D.OUTDATED
-    flags = super_at(node.disks[volume].devices[META].live, node.layouts[volume]).flags
+    # Down; or about to disconnect as the Outdated one: its superblock says so before the peer is asked to agree.
+    flags = super_at(node.disks[volume].devices[META].durable, node.layouts[volume]).flags
     return flags & CONSISTENT_WAS_UP_TO_DATE == CONSISTENT_WAS_UP_TO_DATE
 
 
@@ -79,13 +78,14 @@ def met(checks: Checks, node: Node, volume: int) -> None:
     """The nodes have met again: what each of them knows of the other's history decides."""
     node.n_meetings += 1
     if node.connected:  # in all volumes: until then those of before may still answer alone
-        node.leaving = node.fenced_once = False
+        node.fenced_once = False
     ledger, state = checks.w.ledgers[volume], node.state(volume)
     good = state.conn is C.CONNECTED and state.disk is state.pdsk is D.UP_TO_DATE
     if not checks.w.peer_of(node).connected:
         return  # it may refuse yet: a Primary with frozen I/O drops a peer that was restarted
     if not good or any(copy.discarded for copy in ledger.copies):
         return
+    agreed_again(checks)
     for other in checks.w.nodes:
         missed = ledger.still_lacks(other.index, checks.reader(other, volume))
         if missed:
@@ -94,6 +94,14 @@ def met(checks: Checks, node: Node, volume: int) -> None:
                 f"{node.config.node} met its peer as if nothing had happened, but {other.config.node} lacks"
                 f" {next(iter(missed))!r}",
             )
+
+
+def agreed_again(checks: Checks) -> None:
+    """Everything is connected and UpToDate: from here on nobody is excused by what the operator once allowed."""
+    volumes = range(checks.w.mix.n_volumes)
+    states = [n.state(v) for n in checks.w.nodes if n.engine is not None for v in volumes]
+    if len(states) == 2 * len(volumes) and all(s.conn is C.CONNECTED and s.disk is D.UP_TO_DATE for s in states):
+        checks.w.overruled = False
 
 
 def check_split_brain_decided(checks: Checks, target: Node, volume: int) -> None:

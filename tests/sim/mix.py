@@ -63,6 +63,10 @@ class Mix:
     on_no_data: str = "io-error"
     after_sb: tuple[AfterSb, AfterSb, AfterSb] = (AfterSb.DISCONNECT,) * 3  # with 0, 1 and 2 Primaries
     rr_conflict: str = "disconnect"
+    always_asbp: bool = False
+    rs_discard: int = 0  # rs-discard-granularity, bytes
+    auto_promote: bool = False
+    resync_handlers: bool = False  # before- and after-resync-*
     max_epoch_size: int = 2048
     c_plan_ahead: int = 20
     # the application
@@ -150,9 +154,15 @@ def draw(chooser: Chooser) -> Mix:
         slow_handler=rarely(2),
         reboot=often(0.2, 1, 4),
         reconnect=often(0.5, 4),
+        always_asbp=rarely(4),
+        rs_discard=(0, 0, 4096, 65536)[chooser.choose(4)],
+        auto_promote=rarely(4),
+        resync_handlers=rarely(4),
     )
+    if mix.on_io_error == "detach" and rarely(6):
+        mix = replace(mix, on_io_error="call-local-io-error")
     if mix.size == LARGE:
-        mix = replace(mix, n_spots=90, fresh=False)
+        mix = replace(mix, n_spots=90, fresh=False, rs_discard=MIB if mix.rs_discard else 0)  # else it takes long
     if mix.two_primaries and mix.fencing is Fencing.RESOURCE_ONLY:
         mix = replace(mix, fencing=Fencing.RESOURCE_AND_STONITH)  # else neither would stop when the other is lost
     if mix.two_primaries or (mix.fencing is Fencing.RESOURCE_AND_STONITH and mix.protocol == "A"):
@@ -165,7 +175,7 @@ def configuration(mix: Mix, node: int) -> ResourceConfig:
     names = ("alpha", "bravo")
     disk = DiskOptions(
         fencing=mix.fencing, al_extents=mix.al_extents, al_updates=mix.al_updates,
-        on_io_error=mix.on_io_error,
+        on_io_error=mix.on_io_error, rs_discard_granularity=mix.rs_discard,
         c_plan_ahead=mix.c_plan_ahead, resync_rate=4096 if mix.c_plan_ahead == 0 else 250,
     )  # fmt: skip
     zero, one, two = mix.after_sb
@@ -174,10 +184,16 @@ def configuration(mix: Mix, node: int) -> ResourceConfig:
     net = NetOptions(
         protocol=mix.protocol, allow_two_primaries=mix.two_primaries,
         after_sb_0pri=zero, after_sb_1pri=one, after_sb_2pri=two, rr_conflict=mix.rr_conflict,
+        always_asbp=mix.always_asbp,
         max_epoch_size=mix.max_epoch_size, data_integrity_alg=mix.integrity, csums_alg=mix.csums,
         verify_alg="crc32c" if mix.verify else "", use_rle=mix.use_rle,
     )  # fmt: skip
     handlers = {name: f"/bin/{name}" for name in ("split-brain", "pri-lost", "pri-lost-after-sb")}
+    if mix.resync_handlers:
+        both = [f"{when}-resync" for when in ("before", "after")]
+        handlers |= {f"{name}-{end}": "/bin/sync" for name in both for end in ("source", "target")}
+    if mix.on_io_error == "call-local-io-error":
+        handlers |= {"local-io-error": "/bin/io-error", "pri-on-incon-degr": "/bin/no-data"}
     if mix.fencing is not Fencing.DONT_CARE:
         handlers |= {"fence-peer": "/bin/fence", "unfence-peer": "/bin/unfence"}
     return ResourceConfig(
@@ -198,7 +214,7 @@ def configuration(mix: Mix, node: int) -> ResourceConfig:
             for v in range(mix.n_volumes)
         ),
         net=net,
-        options=ResourceOptions(on_no_data_accessible=mix.on_no_data),
+        options=ResourceOptions(on_no_data_accessible=mix.on_no_data, auto_promote=mix.auto_promote),
         handlers=handlers,
         node_id=node,
         peer_node_id=1 - node,

@@ -51,6 +51,7 @@ class Ask:
     expected: list[Versions] | None = None  # a read: what each sector might hold when it was submitted
     point: FlushPoint | None = None  # a flush: what it has to make stable
     begin: int = 0  # ledger step of the submission
+    alone: bool = False  # a flush: asked for before the nodes met
     good_since: tuple[int, bool] = (0, False)  # failures of the disk so far, and whether it is good
 
 
@@ -81,7 +82,6 @@ class Node:
             self.layouts[v] = layout("flexible" if mix.external else "internal", md_size, mix.size)
         self.n_boots = 0
         self.fenced_once = False  # the fence handler has spoken since the nodes met, in this life or before
-        self.leaving = False  # it was told to disconnect: under fencing it outdates itself
         self.link: LinkEnd | None = None
         self.forget()
 
@@ -100,6 +100,7 @@ class Node:
         self.clients = Clients()
         self.opened: set[int] = set()
         self.closing = False  # clients are told to finish, for a demotion
+        self.auto = False  # Primary because a client came, and until the last one goes
         self.fenced = False  # the fence handler has spoken since the peer was lost
         self.resumed = False  # the operator released frozen I/O since the peer was lost
 
@@ -170,7 +171,6 @@ class Node:
         command = Command(ticket, name, volume, dict(args))
         self.commands[ticket] = command
         self.world.note(self, "command", name, volume, args)
-        self.leaving |= name in ("disconnect", "down")
         if name == "resume-io":
             self.resumed = True
             self.world.overruled |= self.primary and not self.connected
@@ -266,6 +266,8 @@ class Node:
                 )
             case RunHandler():
                 self.handlers.append(Running(effect, self.n_meetings))
+            case Answer(0, refusal):
+                world.note(self, "demoted by itself", refusal.text if refusal else "done")
             case Answer(ticket, refusal):
                 command = self.commands.pop(ticket, None)
                 assert command is not None, f"a second answer to command {ticket}"

@@ -332,7 +332,9 @@ class World:
     def flush(self, node: Node, volume: int) -> Request:
         request = Request(node.clients, None, Op.FLUSH, volume, 0, 0)
         point = self.ledgers[volume].flush_point()
-        node.clients.open[id(request)] = Ask(request, point=point, good_since=self.checks.good_since(node, volume))
+        node.clients.open[id(request)] = Ask(
+            request, point=point, alone=not node.connected, good_since=self.checks.good_since(node, volume)
+        )
         return request
 
     def finished(self, node: Node, request: Request) -> None:
@@ -427,9 +429,7 @@ class World:
         flights = [f for f in node.disks[volume].flights if not f.executed]
         flight = flights[self.chooser.choose(len(flights))]
         if flight.op.area == META and node.primary:
-            # Its new generation may reach a disk that was given up meanwhile, as DRBD's does: nobody was shown it,
-            # but compared with the peer's next one it is a history of its own.
-            self.split_possible = True
+            self.checks.generations.lost(node, volume, self.checks.record(node, volume))
         node.disks[volume].execute(flight, EIO)
         self.checks.disk_broke(node, volume)
         self._complete(node, volume, [flight])

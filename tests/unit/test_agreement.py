@@ -209,6 +209,17 @@ def test_who_is_attaching_does_not_agree_to_be_outdated() -> None:
     assert codes(lone, P.CONN_ST_CHG_REPLY) == [-18] and lone.conn() == ConnState.CONNECTED
 
 
+def test_who_cannot_follow_a_resync_that_was_agreed_to_parts() -> None:
+    """Else the peer would be source for ever of a target that waits for something else."""
+    lone = secondary()
+    ticket = lone.command("invalidate")
+    lone.settle()
+    lone.engine.change(lone.vol, replace(lone.state, conn=ConnState.WF_BITMAP_S), hard=True)
+    lone.meta(pack_state_reply(1, 0, False))
+    lone.settle()
+    assert lone.answered(ticket) != "done" and lone.conn() < ConnState.CONNECTED
+
+
 def test_who_lost_the_race_is_refused() -> None:
     """We asked, the resolver asked too: ours is refused, and the other one is Primary now."""
     lone = Lone()

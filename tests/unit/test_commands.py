@@ -13,7 +13,16 @@ from tandem.repl.events import Attach, Attached, AttachFailed, DeviceGrown, Link
 from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import META, Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack, pack_state, pack_state_reply, packet, unpack_data
+from tandem.repl.wire import (
+    Packet,
+    pack_ack,
+    pack_barrier_ack,
+    pack_state,
+    pack_state_reply,
+    packet,
+    unpack_barrier,
+    unpack_data,
+)
 
 from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
 
@@ -492,4 +501,18 @@ def test_a_demotion_that_waits_for_the_peer_outlives_a_replay_with_nothing_to_se
     lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
     lone.connect()
     lone.run("resume-io")
+    assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY
+
+
+def test_a_demotion_waits_for_what_ended_sessions_left_under_way() -> None:
+    """Done as Secondary it would reach the disk without the mark that has the activity log applied."""
+    lone = Lone().ready()
+    r = lone.submit(Op.WRITE)
+    ticket = lone.command("secondary")
+    assert lone.answered(ticket) is None
+    lone.settle()
+    lone.meta(lone.ack(r))
+    assert lone.done == [r]
+    lone.meta(pack_barrier_ack(unpack_barrier(lone.payloads(P.BARRIER)[-1]), 1))
+    lone.settle()
     assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 from tandem.repl.config import Fencing
+from tandem.repl.errors import Refusal
 from tandem.repl.events import HandlerExited, LinkLost
+from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import Op, Request
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import Packet, pack_state_reply
@@ -97,12 +99,6 @@ def test_code_6_outdates_this_node() -> None:
     lone, _ = lost(RESOURCE_ONLY)
     exits(lone, 6)
     assert lone.local_disk() == D.OUTDATED
-
-
-def test_code_6_leaves_a_frozen_node_frozen() -> None:
-    lone, r = lost(STONITH)
-    exits(lone, 6)
-    assert lone.local_disk() == D.OUTDATED and lone.state.susp_fen and r not in lone.done
 
 
 def test_code_5_counts_only_for_a_good_disk() -> None:
@@ -245,11 +241,23 @@ def test_a_secondary_that_is_refused_outdates_itself() -> None:
     lone = Lone(disk=STONITH, handlers=("fence-peer",)).as_secondary()
     ticket = lone.command("disconnect")
     lone.meta(pack_state_reply(-7, 0, True))
+    assert len(lone.payloads(P.CONN_ST_CHG_REQ)) == 1, "the peer is promised nothing that a crash could take back"
+    assert not lone.vol.flags() & MdFlag.WAS_UP_TO_DATE
+    lone.settle()
     asked = [p.hex() for p in lone.payloads(P.CONN_ST_CHG_REQ)]
     assert asked == ["000001f000000010", "00001ff000000a10"]
     lone.meta(pack_state_reply(1, 0, True))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.local_disk() == D.OUTDATED
+
+
+def test_a_secondary_whose_disconnect_is_refused_stays_up_to_date() -> None:
+    lone = Lone(disk=STONITH, handlers=("fence-peer",)).as_secondary()
+    ticket = lone.command("disconnect")
+    for code in (-7, -2):
+        lone.meta(pack_state_reply(code, 0, True))
+        lone.settle()
+    assert isinstance(lone.answered(ticket), Refusal) and lone.vol.flags() & MdFlag.WAS_UP_TO_DATE
 
 
 # ------------------------------------------------------------------------------------ lost more than once

@@ -22,6 +22,7 @@ from tandem.repl.wire import (
     pack_block_req,
     pack_data,
     pack_state,
+    pack_state_change,
     pack_sync_uuid,
     packet,
     unpack_ack,
@@ -301,6 +302,16 @@ def test_a_new_generation_keeps_the_sync_uuid_in_its_history() -> None:
     sync_uuid = lone.vol.uuids.bitmap
     lone.engine.new_current(lone.vol)
     assert lone.vol.uuids.history0 == sync_uuid and lone.vol.uuids.bitmap & ~1 == 0x20
+
+
+def test_an_ack_of_a_disk_that_was_given_up_clears_nothing() -> None:
+    """What was written to the block meanwhile never went there."""
+    lone = Lone().source((0, 4))
+    lone.data(request(0, 4))
+    lone.settle()
+    lone.data(pack_state_change(0x1E00, DiskState.FAILED << 9, 0, False))
+    lone.meta(rs_ack(0, 4))
+    assert lone.state.pdsk == DiskState.FAILED and lone.vol.bitmap.weight == 4
 
 
 def test_a_write_waits_while_its_block_is_read_and_follows_the_reply() -> None:
