@@ -224,6 +224,9 @@ class Link:
         algorithm = digest(theirs.integrity_alg)
         if theirs.integrity_alg and algorithm is None:
             raise PeerProtocolError(f"data-integrity-alg {theirs.integrity_alg} of the peer is unknown here")
+        known = self.e.peer_integrity
+        if (algorithm.name if algorithm else "") != (known.name if known else ""):
+            self.e.note(None, f"peer data-integrity-alg: {theirs.integrity_alg or '(none)'}")
         self.e.peer_integrity = algorithm
         self.e.adopt(settings.adopted(self.e.config.net, theirs))
 

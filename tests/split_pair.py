@@ -10,6 +10,8 @@ from pathlib import Path
 from tests.adm_pair import PATIENCE, NbdClient, Pair, Result
 
 BLOCK = 4096
+METADATA = 1 << 20  # at the end of a disk, generously
+Changes = dict[str, list[tuple[int, bytes]]]  # what a node writes where
 FILES = {"letters/one": 300_000, "letters/two": 200_000, "three": 100_000}
 
 # Runs `tandemadm` and ends it with SIGKILL when the recovery says that it has come to a certain step.
@@ -73,9 +75,10 @@ class SplitPair(Pair):
         self.base = self.content("alpha")
         assert self.content("beta") == self.base
 
-    def write(self, node: str, pieces: list[tuple[int, bytes]]) -> None:
-        client = NbdClient(self.path(node, "nbd"), "r0")
-        self.size = client.size
+    def write(self, node: str, pieces: list[tuple[int, bytes]], export: str = "r0") -> None:
+        client = NbdClient(self.path(node, "nbd"), export)
+        if export == "r0":
+            self.size = client.size
         for offset, data in pieces:
             assert client.write(offset, data) == 0
         client.close()
@@ -85,20 +88,21 @@ class SplitPair(Pair):
         with open(self.disks[node], "rb") as file:
             return file.read(self.size)
 
-    def split(self, changes: dict[str, list[tuple[int, bytes]]], *, both_primary: bool = False) -> None:
-        """Part the nodes, write *changes* on each alone, and have them meet again."""
+    def split(self, changes: Changes, *, both_primary: bool = False, second: Changes | None = None) -> None:
+        """Part the nodes, write *changes* on each alone (*second* to the second volume), and have them meet again."""
         for node in ("alpha", "beta"):
-            self.ok(node, "disconnect", "r0")
+            self.ok(node, "disconnect", "--force", "r0")
         self.ok("beta", "primary", "r0")
-        for node, pieces in changes.items():
-            self.write(node, pieces)
+        for export, of_nodes in (("r0", changes), ("r0/1", second or {})):
+            for node, pieces in of_nodes.items():
+                self.write(node, pieces, export)
         if not both_primary:
             self.ok("beta", "secondary", "r0")
         for node in ("alpha", "beta"):
             self.ok(node, "connect", "r0")
         for node in ("alpha", "beta"):
             assert self.adm(node, "wait-connect", PATIENCE, "r0").code == 0
-            assert self.ok(node, "cstate", "r0") == "StandAlone\n"
+            assert set(self.ok(node, "cstate", "r0").split()) == {"StandAlone"}
 
     def changed(self, node: str) -> set[int]:
         """Blocks of *node*'s disk that are not what both had in common."""
@@ -114,6 +118,30 @@ class SplitPair(Pair):
 
     def histories(self) -> list[Path]:
         return sorted(self.run.glob("*/*.history"))
+
+
+class TwoVolumes(SplitPair):
+    """The same with a second volume, which has no file system."""
+
+    SIZE = 16 << 20  # of the second volume's disks, with their metadata
+
+    def configure(self, *, device: str = "", net: str = "") -> None:
+        sides = ""
+        for node, port in (("alpha", self.port_a), ("beta", self.port_b)):
+            volumes = ""
+            for number, kind in enumerate(("", "1")):
+                disk = self.dir / f"{node[0]}{kind}.img"
+                volumes += f"volume {number} {{ device minor {number}; disk {disk}; meta-disk internal; }} "
+                with open(disk, "ab") as file:
+                    file.truncate(self.SIZE)
+            sides += f"    on {node} {{ address 127.0.0.1:{port}; {volumes}}}\n"
+        self.file.write_text(f"resource r0 {{\n    net {{ protocol C; {net} }}\n{sides}}}\n")
+
+    def content(self, node: str, number: int = 0) -> bytes:
+        if number == 0:
+            return super().content(node)
+        with open(self.dir / f"{node[0]}1.img", "rb") as file:
+            return file.read(self.SIZE - METADATA)
 
 
 def differing(one: bytes, other: bytes) -> set[int]:

@@ -35,6 +35,7 @@ from .values import Json
 Announce = Callable[[str, str], None]  # the name of a step that is done, and a sentence about it
 POLL_S: Final = 0.25
 FILES_MAX: Final = 100  # names tried for the file
+_BEHIND: Final = (-1, -2)  # verdicts by which this volume's data would come from the other node
 CONNECT_S: Final = 10.0  # a handshake that has not begun by then is mentioned
 
 
@@ -101,6 +102,13 @@ class Recovery:
         if not split:
             number, verdict = next(iter(verdicts.items()))
             raise SplitBrainError(headline(f"{self.wish.resource}/{number}", winner, loser, verdict))
+        for number, verdict in verdicts.items():
+            if verdict in _BEHIND:
+                raise SplitBrainError(
+                    f"{headline(f'{self.wish.resource}/{number}', winner, loser, verdict)} So what {winner.node} has "
+                    f"of it would not be kept; if it is to be, begin a history of its own there: tandemadm secondary "
+                    f"{self.wish.resource}, then tandemadm primary --force {self.wish.resource}. Nothing was changed"
+                )
         return split
 
     def _rehearse(self, winner: Side, loser: Side, numbers: list[int]) -> None:

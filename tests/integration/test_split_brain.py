@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.adm_pair import NbdClient, wait_until
-from tests.split_pair import BLOCK, SplitPair, block_of, noise
+from tests.split_pair import BLOCK, Changes, SplitPair, TwoVolumes, block_of, noise
 
 
 def changes_of(pair: SplitPair) -> dict[str, list[tuple[int, bytes]]]:
@@ -203,6 +203,71 @@ def test_an_xfs_image() -> None:
         pair.ok("beta", "split-brain", "r0", "--keep", "beta", "--save", str(pair.dir / "h"))
         pair.ok("beta", "split-brain", "r0", "--restore", str(pair.dir / "h"))
         assert (pair.dir / "h.img").read_bytes() == lost
+    finally:
+        pair.close()
+
+
+# ------------------------------------------------------------------------------------- two volumes
+
+SECOND: Changes = {
+    "alpha": [(BLOCK, noise("e", 3))],
+    "beta": [(2 * BLOCK, noise("f", 1)), (5 << 20, noise("g", 20))],
+}
+
+
+def test_two_volumes_are_reported_looked_at_and_recovered_together() -> None:
+    pair = TwoVolumes()
+    try:
+        pair.split(changes_of(pair), second=SECOND)
+        report = pair.ok("beta", "split-brain", "r0")
+        first, _, second = report.partition("r0/1: split brain. beta and alpha have each written")
+        assert first.startswith("r0/0: split brain. beta and alpha") and "/letters/two" in first
+        assert row(second, "changed alone") == [cells(20), cells(2)]
+        assert row(second, "changed by both") == ["1 block, 4 KiB"] and "/letters" not in second
+        assert report.count("Keep one:") == 1, "the advice is for the resource"
+        assert pair.ok("beta", "split-brain", "r0/1").startswith("r0/1: split brain.")
+        with pair.popen("beta", "split-brain", "r0", "--look") as looking:
+            assert looking.stdout is not None
+            names = {looking.stdout.readline().split()[0] for _ in range(4)}
+            assert names == {"r0@alpha", "r0@beta", "r0/1@alpha", "r0/1@beta"}
+            uri = f"nbd+unix:///r0/1@alpha?socket={pair.path('beta', 'look')}"
+            copied = subprocess.run(["nbdcopy", uri, "-"], capture_output=True, check=True, timeout=60).stdout
+            assert copied[: len(pair.content("alpha", 1))] == pair.content("alpha", 1)
+            looking.send_signal(signal.SIGINT)
+            assert looking.wait(60) == 0
+        refused = pair.adm("beta", "split-brain", "r0/1", "--keep", "alpha")
+        assert refused.code == 1 and "--keep is for the whole resource" in refused.err
+        kept = [pair.content("alpha", number) for number in (0, 1)]
+        lost = [pair.content("beta", number) for number in (0, 1)]
+        pair.ok("beta", "split-brain", "r0", "--keep", "alpha")
+        assert [pair.content("beta", number) for number in (0, 1)] == kept
+        (history,) = pair.histories()
+        which = pair.adm("beta", "split-brain", "r0", "--restore", str(history))
+        assert which.code == 11 and "has the volumes 0, 1; name one: tandemadm split-brain r0/0" in which.err
+        for number in (0, 1):
+            image = pair.dir / f"out{number}"
+            pair.ok("beta", "split-brain", f"r0/{number}", "--restore", str(history), "--image", str(image))
+            assert image.read_bytes()[: len(lost[number])] == lost[number]
+    finally:
+        pair.close()
+
+
+def test_a_volume_in_which_the_winner_is_only_behind_is_not_given_up_by_accident() -> None:
+    """alpha's second disk was away when the nodes parted: by the generations beta's data would come to alpha."""
+    pair = TwoVolumes()
+    try:
+        pair.ok("alpha", "detach", "r0/1")
+        pair.split(changes_of(pair), second={"beta": SECOND["beta"]})
+        pair.ok("alpha", "secondary", "r0")
+        pair.ok("alpha", "attach", "r0/1")
+        before = [pair.content(node, number) for node in ("alpha", "beta") for number in (0, 1)]
+        assert "r0/1: no split brain: alpha is only behind beta" in pair.ok("alpha", "split-brain", "r0")
+        refused = pair.adm("alpha", "split-brain", "r0", "--keep", "alpha")
+        assert refused.code == 11 and "r0/1: no split brain: alpha is only behind beta" in refused.err
+        assert [pair.content(node, number) for node in ("alpha", "beta") for number in (0, 1)] == before
+        pair.ok("alpha", "primary", "--force", "r0")
+        pair.ok("alpha", "split-brain", "r0", "--keep", "alpha")
+        assert [pair.content("beta", number) for number in (0, 1)] == before[:2]
     finally:
         pair.close()
 

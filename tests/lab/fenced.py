@@ -93,6 +93,7 @@ class Fenced:
             )
         self.config = self._text()
         self.config_file = shared / "drbd.conf"
+        self.lie = shared / "lie"  # while it is there, the handlers say that they have fenced, and do nothing
 
     def _text(self) -> str:
         sections = "".join(
@@ -103,7 +104,8 @@ class Fenced:
         return (
             f"resource {RES} {{\n  net {{ timeout 30; ping-int 2; ping-timeout 20; connect-int 2; }}\n"
             "  disk { fencing resource-and-stonith; c-plan-ahead 0; resync-rate 200M; }\n"
-            '  handlers { fence-peer "tandem-fence-peer -f /shared/fence-$(uname -n).conf"; }\n' + sections + "}\n"
+            '  handlers { fence-peer "test -e /shared/lie && exit 7; '
+            'tandem-fence-peer -f /shared/fence-$(uname -n).conf"; }\n' + sections + "}\n"
         )
 
     def peer_of(self, host: Host) -> Host:
@@ -195,9 +197,14 @@ class Fenced:
 
     def equal(self) -> None:
         """Both in sync without a split brain, and both disks byte by byte the same."""
+        self.same()
+        for host in self.hosts:
+            assert not any("Split-Brain" in line for line in host.log()), self.report()
+
+    def same(self) -> None:
+        """Both in sync, and both disks byte by byte the same."""
         for host in self.hosts:
             wait_state(host, cs="Connected", disk="UpToDate", pdsk="UpToDate", oos=0)
-            assert not any("Split-Brain" in line for line in host.log()), self.report()
             host.guest.run("sync")
         wrong = differences(self.anna.disk_file(), self.bert.disk_file(), DATA)
         assert not wrong, f"disks differ at {wrong[:20]} ({len(wrong)} blocks of 4 KiB)"

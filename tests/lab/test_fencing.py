@@ -7,8 +7,9 @@ import threading
 
 import pytest
 from tandem.nbd.codec import CmdFlag
+from tandem.tools.demo_nbd import Nbd, write
 
-from .fenced import Fenced
+from .fenced import NBD_PORT, Fenced
 from .nodes import RES, wait, wait_state
 
 
@@ -102,3 +103,27 @@ def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced) -> None:
     fenced.comes_back(loser)
     fenced.check(winner)
     fenced.equal()
+
+
+def test_a_split_brain_is_met(fenced: Fenced) -> None:
+    """Fence agents that lied let both write alone. When they meet, who changed less is shot, and the other goes on."""
+    anna, bert = fenced.hosts
+    fenced.lie.touch()
+    assert fenced.write(anna, 600, bert.guest.cut)
+    bert.adm("primary", RES)
+    with Nbd((bert.guest.control, NBD_PORT), RES) as nbd:
+        assert nbd.one(write(0, bytes(4096))).error == 0
+    assert anna.state().role == bert.state().role == "Primary" and fenced.switch.done == []
+    fenced.lie.unlink()
+    bert.guest.cut(False)
+    wait_state(anna, cs="StandAlone", role="Primary", pdsk="Outdated")
+    assert fenced.switch.done == [("anna", "bert")] and not bert.guest.running
+    fenced.check(anna)
+    assert fenced.write(anna, 100)
+    bert.boot()
+    bert.adm("up", RES)
+    bert.adm("disconnect", RES)
+    bert.adm("connect", "--discard-my-data", RES)
+    anna.adm("connect", RES)
+    fenced.same()
+    fenced.check(anna)

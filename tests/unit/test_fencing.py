@@ -101,6 +101,12 @@ def test_code_6_outdates_this_node() -> None:
     assert lone.local_disk() == D.OUTDATED
 
 
+def test_code_6_leaves_a_frozen_node_frozen() -> None:
+    lone, r = lost(STONITH)
+    exits(lone, 6)
+    assert lone.local_disk() == D.OUTDATED and lone.state.susp_fen and r not in lone.done
+
+
 def test_code_5_counts_only_for_a_good_disk() -> None:
     lone = Lone(disk=RESOURCE_ONLY, handlers=("fence-peer",))
     lone.attach()

@@ -77,6 +77,7 @@ def test_the_peers_new_algorithm_counts_from_there_on(fits: bool) -> None:
     assert (lone.conn() == ConnState.CONNECTED) == fits
     assert lone.engine.integrity is None, "our own data has our own algorithm"
     assert len(lone.sent(P.WRITE_ACK)) == 2 * fits
+    assert "peer data-integrity-alg: crc32c" in lone.notes()
 
 
 def test_an_algorithm_nobody_knows_ends_the_connection() -> None:
