@@ -176,39 +176,71 @@ def scattered(directory: Path) -> list[Figure]:
     ]
 
 
+class ManyTandems(Tandem):
+    """Several resources on the same two nodes, each with a directory of its own."""
+
+    def __init__(self, directory: Path, size: int, n: int) -> None:
+        super().__init__(directory, size)
+        self.names = [f"r{i}" for i in range(n)]
+
+    def start(self) -> None:
+        text = ""
+        for name in self.names:
+            place = self.directory / name
+            place.mkdir()
+            files = [place / f"{node}.img" for node in ("alice", "bob")]
+            for file in files:
+                file.touch()
+                os.truncate(file, self.size)
+            text += self.resource(name, place, *files)
+        (self.directory / "conf").write_text(text, encoding="utf-8")
+        for node in ("alice", "bob"):
+            self.adm(node, "create-md", "--force", "all")
+            self.stack.callback(self._all_down, node)
+            self.adm(node, "up", "all")
+            pids = [self.directory / "run" / node / f"{name}.pid" for name in self.names]
+            self.pids += [int(file.read_text(encoding="ascii")) for file in pids]
+        for words in (["wait-connect"], ["new-current-uuid", "--clear-bitmap"], ["primary"]):
+            self.adm("alice", *words, "all")
+
+    def _all_down(self, node: str) -> None:
+        with contextlib.suppress(BenchError):
+            self.adm(node, "down", "all")
+
+    def writes_per_s(self) -> float:
+        """Of one fio per resource, all running together."""
+        jobs = []
+        for name in self.names:
+            uri = f"nbd+unix:///{name}?socket={self.directory}/{name}/alice.nbd"
+            jobs += [f"--name={name}", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=4",
+                     "--size=8M", "--time_based", "--runtime=3"]  # fmt: skip
+        done = subprocess.run(["fio", "--output-format=json", *jobs], capture_output=True, text=True, check=True)
+        text = done.stdout[done.stdout.index("{\n") :]
+        return float(sum(job["write"]["iops"] for job in json.loads(text)["jobs"]))
+
+
 def many(directory: Path) -> list[Figure]:
     """1, 10 and 50 resources on one host: both nodes of each, what they cost when idle, and all under load."""
     found = []
     for n in (1, 10, 50):
-        with contextlib.ExitStack() as stack:
-            systems = [stack.enter_context(sparse_pair(directory, f"many{n}-{i}", 16 * MIB)) for i in range(n)]
-            for system in systems:
-                connect(system)
-            pids = [pid for system in systems for pid in system.pids]
+        system = ManyTandems(directory / f"many{n}", 16 * MIB, n)
+        try:
+            system.start()
             ticks = os.sysconf("SC_CLK_TCK")
-            before, began = cpu_seconds(pids, ticks), time.monotonic()
+            before, began = cpu_seconds(system.pids, ticks), time.monotonic()
             time.sleep(3)
-            idle = (cpu_seconds(pids, ticks) - before) / (time.monotonic() - began)
-            memory = sum(_status(pid, "RssAnon") for pid in pids) / 1024 / len(pids)
-            rate = _all_at_once(systems)
-            title = f"{n} resource{'s' if n > 1 else ''}"
-            found += [
-                Figure(f"{title}: memory of a node, its own", memory, "MiB"),
-                Figure(f"{title}: processor time of all nodes, idle", idle * 100, "%"),
-                Figure(f"{title}: 4 KiB writes, QD 4 on each, together", rate, "/s"),
-            ]
+            idle = (cpu_seconds(system.pids, ticks) - before) / (time.monotonic() - began)
+            memory = sum(_status(pid, "RssAnon") for pid in system.pids) / 1024 / len(system.pids)
+            rate = system.writes_per_s()
+        finally:
+            system.stop()
+        title = f"{n} resource{'s' if n > 1 else ''}"
+        found += [
+            Figure(f"{title}: memory of a node, its own", memory, "MiB"),
+            Figure(f"{title}: processor time of all nodes, idle", idle * 100, "%"),
+            Figure(f"{title}: 4 KiB writes, QD 4 on each, together", rate, "/s"),
+        ]
     return found
-
-
-def _all_at_once(systems: list[Tandem]) -> float:
-    """Writes per second of one fio per system, all running together."""
-    jobs = []
-    for i, system in enumerate(systems):
-        jobs += [f"--name=job{i}", *system.engine, "--rw=randwrite", "--bs=4k", "--iodepth=4", "--size=8M",
-                 "--time_based", "--runtime=3"]  # fmt: skip
-    done = subprocess.run(["fio", "--output-format=json", *jobs], capture_output=True, text=True, check=True)
-    text = done.stdout[done.stdout.index("{\n") :]
-    return float(sum(job["write"]["iops"] for job in json.loads(text)["jobs"]))
 
 
 ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, many)

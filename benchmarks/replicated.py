@@ -25,13 +25,12 @@ REPOSITORY: Final = Path(__file__).resolve().parent.parent
 QMP_S: Final = 60.0
 
 CONFIG: Final = """\
-global { usage-count no; }
-resource r0 {
+resource %(name)s {
   net { protocol C; verify-alg crc32c; }
   disk { %(disk)s }
   meta-disk internal;
-  on alice { device "nbd+unix:///r0?socket=%(dir)s/alice.nbd"; disk %(alice)s; address 127.0.0.1:%(port_a)d; }
-  on bob   { device "nbd+unix:///r0?socket=%(dir)s/bob.nbd";   disk %(bob)s;   address 127.0.0.1:%(port_b)d; }
+  on alice { device "nbd+unix:///%(name)s?socket=%(dir)s/alice.nbd"; disk %(alice)s; address 127.0.0.1:%(port_a)d; }
+  on bob   { device "nbd+unix:///%(name)s?socket=%(dir)s/bob.nbd";   disk %(bob)s;   address 127.0.0.1:%(port_b)d; }
 }
 """
 
@@ -58,13 +57,16 @@ class Tandem(System):
 
     def make(self, alice: Path, bob: Path) -> None:
         """Configuration and metadata of two nodes with these backing files."""
-        values = {
-            "dir": self.directory, "alice": alice, "bob": bob, "port_a": free_port(), "port_b": free_port(),
-            "disk": self.disk_options,
-        }  # fmt: skip
-        (self.directory / "conf").write_text(CONFIG % values, encoding="utf-8")
+        (self.directory / "conf").write_text(self.resource("r0", self.directory, alice, bob), encoding="utf-8")
         for node in ("alice", "bob"):
             self.adm(node, "create-md", "--force", "r0")
+
+    def resource(self, name: str, directory: Path, alice: Path, bob: Path) -> str:
+        """A resource of the configuration, with its NBD sockets in *directory*."""
+        return CONFIG % {
+            "name": name, "dir": directory, "alice": alice, "bob": bob, "port_a": free_port(), "port_b": free_port(),
+            "disk": self.disk_options,
+        }  # fmt: skip
 
     def up(self, node: str) -> None:
         """Start *node*, which ends with this system."""

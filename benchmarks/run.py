@@ -70,9 +70,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-extras", action="store_true", help="only fio's jobs; --quick implies it")
     parser.add_argument("--plots", metavar="DIR", help="draw throughput and latency against queue depth there")
     options = parser.parse_args()
-    options.rounds = options.rounds or (3 if options.quick else 5)
-    options.seconds = options.seconds or (2.0 if options.quick else 4.0)
-    options.size = (options.size or (256 if options.quick else 1024)) * MIB
+    options.rounds = options.rounds or 3
+    options.seconds = options.seconds or 2.0
+    options.size = (options.size or (256 if options.quick else 512)) * MIB
     names = [w.name for w in WORKLOADS]
     for name in options.workload or ():
         if name not in names:
