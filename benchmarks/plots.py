@@ -36,13 +36,14 @@ def _figure(workloads: list[dict[str, Any]], titles: dict[str, str], title: str)
     figure = Figure(figsize=(13, 5), layout="constrained")
     figure.suptitle(title)
     rate, latency = figure.subplots(1, 2)
-    depths = [w["depth"] for w in workloads]
     for number, system in enumerate(titles):
-        runs = [w["systems"][system]["runs"] for w in workloads]
+        part = [w for w in workloads if system in w["systems"]]
+        depths, runs = [w["depth"] for w in part], [w["systems"][system]["runs"] for w in part]
         colour = f"C{number}"
         rate.plot(depths, _medians(runs, "ops_per_s"), "o-", color=colour, label=titles[system])
         for (field, _), line in zip(PERCENTILES, ("-", "--", ":"), strict=True):
             latency.plot(depths, _medians(runs, field), "o" + line, color=colour, markersize=3)
+    depths = [w["depth"] for w in workloads]
     for axes in (rate, latency):
         axes.set_xscale("log", base=2)
         axes.set_xticks(depths, [str(d) for d in depths])

@@ -100,6 +100,9 @@ def show_peers(
     for workload, rounds in results:
         row = []
         for peer in peers:
+            if peer not in rounds:
+                row.append("")
+                continue
             found = ratios(workload, rounds, "tandem", peer)
             bar = PEER_BARS.get((workload.name, peer))
             row.append(f"{found} {_judged(bar, found.median, workload.more_is_better)}".rstrip())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -37,6 +38,9 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("fio") is None:
         console.print("fio is not installed; on Debian: apt install fio nbdkit")
+        return 1
+    if options.plots and importlib.util.find_spec("matplotlib") is None:
+        console.print("There is no matplotlib for --plots; `make bench` installs it.")
         return 1
     systems = _chosen(options, console)
     if REFERENCE not in [system.name for system in systems]:
@@ -114,7 +118,7 @@ def _run(
         if (w.name in options.workload if options.workload else w.quick or not options.quick)
     ]  # fmt: skip
     results: dict[str, dict[str, list[Measured]]] = {
-        w.name: {s.name: [] for s in systems} for w in workloads
+        w.name: {s.name: [] for s in systems if s.measures(w)} for w in workloads
     }
     resyncs: dict[str, list[float]] = {s.name: [] for s in systems if s.name in RESYNCED}
     others = machine.Others()
@@ -122,7 +126,8 @@ def _run(
     for number in range(options.rounds):
         for workload in workloads:
             # The order changes from round to round, so that nobody always comes after the same neighbour.
-            for system in systems if number % 2 == 0 else reversed(systems):
+            taking_part = [system for system in systems if system.measures(workload)]
+            for system in taking_part if number % 2 == 0 else reversed(taking_part):
                 if console.is_terminal:
                     text = f"round {number + 1} of {options.rounds}: {workload.title}: {system.title}"
                     console.print(text, end="\x1b[K\r", highlight=False)

@@ -19,6 +19,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
+from workloads import Workload
+
 START_S: Final = 30.0
 SLACK: Final = 1 << 20  # what a backing file has beyond the measured size: room for internal metadata
 
@@ -34,6 +36,7 @@ class System(ABC):
     title: str
     is_replicated = False
     is_quick = False  # whether `--quick` measures it
+    only: frozenset[str] | None = None  # the workloads it takes part in, None for all
 
     def __init__(self, directory: Path, size: int) -> None:
         self.directory = directory / self.name
@@ -55,6 +58,10 @@ class System(ABC):
     def stop(self) -> None:
         """End everything that was started."""
         self.stack.close()
+
+    def measures(self, workload: Workload) -> bool:
+        """Whether it takes part in that."""
+        return self.only is None or workload.name in self.only
 
     @property
     def engine(self) -> list[str]:
