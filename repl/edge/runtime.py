@@ -56,7 +56,7 @@ from .workers import Completions
 # slow disk writes in a second, and little against the page cache it stands in for.
 DISK_BACKLOG_HIGH: Final = 64 << 20
 DISK_BACKLOG_LOW: Final = 32 << 20
-LOOK_S: Final = 0.005  # within this time of a wake-up the machine is asked for its deadline; none is so urgent
+LOOK_S: Final = 0.01  # within this time of a wake-up the machine is asked for its deadline; none is so urgent
 EXIT_OWN_MISTAKE: Final = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED: Final = Refusal(129, "Interrupted by Signal", "The daemon is stopping.")
 
