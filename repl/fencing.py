@@ -25,7 +25,7 @@ class FencingRoom:
         self._waiting: list[tuple[int, Callable[[bool], None]]] = []
         self._called: int | None = None  # the count at which the handler that runs was called
         self._n_partings = 0  # split brains
-        self._parting = False  # one is being met: the loss of the connection is not that of a peer
+        self._parting = False  # we hang up on a peer that is there: the loss of the connection is not that of a peer
 
     @property
     def _meetings(self) -> int:
@@ -197,8 +197,17 @@ class FencingRoom:
         """The peer forgot what we sent: no replay, a new generation and an ordinary resync instead.
 
         The kernel lets I/O go on here. We stay frozen until the next connection stands, or the handler has
-        spoken: in between the peer calls itself UpToDate and lacks what we would answer.
+        spoken: in between the peer calls itself UpToDate and lacks what we would answer. It lives, so it is not
+        fenced for this, unless it stays away for longer than two attempts to connect take.
         """
         self.e.forget_peer_writes()
         self.e.make_pending_generations()
+        self._parting = True
         self.e.drop(ConnState.PROTOCOL_ERROR, "the peer was restarted while our I/O was frozen")
+        self._parting = False
+        met, net = self._meetings, self.e.config.net
+        self.e.after(2 * net.connect_int + net.timeout / 10, lambda _: self._still_away(met))
+
+    def _still_away(self, met: int) -> None:
+        if met == self._meetings and not self.e.connected:
+            self.peer_lost()

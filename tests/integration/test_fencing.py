@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tandem.repl.events import ResourceStatus
 from tandem.tools.agents.handler import FenceResult as R
-from tandem.tools.demo_nbd import Nbd, write
+from tandem.tools.demo_nbd import ConnectionLost, Nbd, write
 from tandem.tools.demo_pair import Node, Pair, alone, in_sync
 
 NewPair = Callable[..., Pair]
@@ -74,7 +74,7 @@ class Writer(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with contextlib.suppress(OSError), Nbd(self.node.socket, "r0") as nbd:
+        with contextlib.suppress(OSError, ConnectionLost), Nbd(self.node.socket, "r0") as nbd:
             self.error = nbd.one(write(0, b"w" * BLOCK)).error
 
 
@@ -156,6 +156,32 @@ def test_io_is_frozen_until_the_handler_answers_and_nothing_else_is(new_pair: Ne
     events.terminate()
     events.communicate()
     assert thawed(pair.status(alice)) and pair.status(alice).connection.volumes[0].peer_disk == "Outdated"
+
+
+@pytest.mark.parametrize("code", [9, R.PEER_PRIMARY])
+def test_io_goes_on_when_the_peer_is_out_and_stays_frozen_otherwise(new_pair: NewPair, held: Held, code: int) -> None:
+    pair = new_pair(disk=STONITH, net=FAST, more=handlers(fence_peer=held.line))
+    pair.start()
+    alice, bob = pair.first, pair.second
+    for out, disk in ((3, "Inconsistent"), (4, "Outdated"), (5, "Outdated"), (code, "")):
+        pair.kill(bob)
+        held.called()
+        writer = Writer(alice)
+        pair.wait(alice, "frozen", frozen)
+        held.exits(out)
+        if disk:
+            pair.wait(alice, "thawed", thawed)
+            assert pair.status(alice).connection.volumes[0].peer_disk == disk
+            writer.join(60)
+            assert writer.error == 0
+            pair.adm(bob, "up", "r0")
+            pair.wait_in_sync()
+    said(pair, alice, f"helper command: fence-peer [exit code {code}]")
+    if code == R.PEER_PRIMARY:
+        pair.wait(alice, "Outdated", lambda status: status.volumes[0].disk == "Outdated")
+    else:
+        said(pair, alice, "fence-peer helper broken, returned 9")
+    assert frozen(pair.status(alice)) and writer.error is None
 
 
 def test_an_answer_that_comes_after_the_peer_changes_nothing(new_pair: NewPair, held: Held) -> None:

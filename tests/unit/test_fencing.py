@@ -162,6 +162,23 @@ def test_a_rebooted_peer_gets_no_replay() -> None:
     assert r not in lone.done, "frozen until the next connection stands"
 
 
+def test_a_rebooted_peer_is_not_fenced_because_we_hang_up_on_it() -> None:
+    """It is about to connect again. Only if it does not, somebody has to find out."""
+    for comes in (True, False):
+        lone, _ = lost(STONITH)
+        exits(lone, 1)
+        lone.forget_keep_connect()
+        lone.connect(replace(PEER_SECONDARY, disk=D.CONSISTENT))
+        assert lone.conn() < ConnState.CONNECTED and not fenced(lone)
+        lone.at(lone.now + 20)  # twice connect-int
+        assert not fenced(lone)
+        if comes:
+            lone.connect()
+            assert lone.conn() > ConnState.CONNECTED
+        lone.at(lone.now + 7)  # timeout, and no ping yet
+        assert fenced(lone) is not comes
+
+
 def test_resume_io_takes_responsibility() -> None:
     lone, r = lost(STONITH)
     assert lone.run("resume-io") == "done"
