@@ -13,6 +13,9 @@ import contextlib
 import errno
 import json
 import os
+import stat
+import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +45,9 @@ FORMAT: Final = 1
 BATCH: Final = 4 << 20  # bytes asked of a node at a time
 DIGESTS_AT_ONCE: Final = 64
 ROOM: Final = 1 << 20  # bytes for what the archive needs besides its members
+
+# What the archive's reader raises for bytes that are not what they should be.
+_DAMAGED: Final = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
 
 Tell = Callable[[str, int, int], None]  # what goes on, how much of it is done, how much there is
 
@@ -89,7 +95,8 @@ def batches(bitmap: Bitmap, size: int) -> Iterator[list[tuple[int, int]]]:
 def save(path: Path, about: About, bitmaps: dict[int, Bitmap], node: Answers, tell: Tell) -> None:
     """Write the file at *path*, which must not exist; afterwards it is durable. SplitBrainError.
 
-    Room for all of it is taken before anything is read. Until the end it has another name.
+    Room for all of it is taken before anything is read. Until the end it has another name. Only its owner
+    can read it, as only he can read the disk.
     """
     part = path.with_name(path.name + ".part")
     parts = {n: compressed(bitmap) for n, bitmap in bitmaps.items()}
@@ -98,7 +105,7 @@ def save(path: Path, about: About, bitmaps: dict[int, Bitmap], node: Answers, te
     )  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w+b") as file:
+        with _new(part) as file:
             _take_room(file, needed)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 archive.writestr("history.json", json.dumps(pack(about), indent=1))
@@ -121,10 +128,29 @@ def save(path: Path, about: About, bitmaps: dict[int, Bitmap], node: Answers, te
             part.unlink()
         if isinstance(error, OSError):
             raise SplitBrainError(
-                f"{error.filename or path}: {error.strerror}; nothing has been changed. Choose another place with "
-                "--save FILE"
+                f"{error.filename or path}: {error.strerror}; nothing has been discarded. Choose another place "
+                "with --save FILE"
             ) from error
         raise
+
+
+def _new(path: Path) -> IO[bytes]:
+    """A file that did not exist, for its owner alone; one that a killed run has left is replaced. OSError."""
+    path.unlink(missing_ok=True)
+    return open(path, "x+b", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+def check_place(path: Path) -> None:
+    """SplitBrainError when a history can certainly not be saved at *path*: asked before anything is done."""
+    if os.path.lexists(path):
+        History(path).close()
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise SplitBrainError(f"{path.parent}: {error.strerror}; choose another place with --save FILE") from error
 
 
 def _take_room(file: IO[bytes], needed: int) -> None:
@@ -175,14 +201,16 @@ class History:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError("it is not a regular file")  # a pipe or a device may never end
             self._archive = zipfile.ZipFile(path)
             about = json.loads(self._archive.read("history.json"))
             if not isinstance(about, dict) or about.get("format") != FORMAT:
                 raise ValueError("another version of tandemadm wrote it")
             self.about = unpack(About, about)
-        except FileNotFoundError as error:
-            raise SplitBrainError(f"{path}: {error.strerror}") from error
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except OSError as error:
+            raise SplitBrainError(f"{path}: {error.strerror or error}") from error
+        except _DAMAGED as error:
             raise SplitBrainError(f"{path} is not a history saved by split-brain --keep: {error}") from error
 
     def close(self) -> None:
@@ -201,7 +229,7 @@ class History:
     def _member(self, name: str) -> bytes:
         try:
             return self._archive.read(name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGED as error:
             raise SplitBrainError(f"{self.path} is damaged: {error}") from error
 
     def blocks(self, volume: SavedVolume, bitmap: Bitmap) -> Iterator[tuple[Ranges, bytes]]:
@@ -216,7 +244,7 @@ class History:
                     yield batch, content
                 if member.read(1):  # also has the archive's checksum compared
                     raise SplitBrainError(f"{self.path} is damaged: it has more than it says")
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise SplitBrainError(f"{self.path} is damaged: {error}") from error
 
 
@@ -286,7 +314,7 @@ def restore(
     try:
         if image.exists():
             raise SplitBrainError(f"{image} exists; name another file with --image")
-        with open(part, "w+b") as file:
+        with _new(part) as file:
             file.truncate(volume.size)
             for chunk, digest in enumerate(digests):
                 content, original = _rest(chunk, digest, volume, bitmap, alive)

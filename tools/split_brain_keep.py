@@ -27,7 +27,7 @@ from tandem.repl.states import ConnState, DiskState
 from tandem.repl.units import n_bits_of
 
 from .adm_hints import hint
-from .split_brain_history import About, SavedVolume, Tell, holds, save
+from .split_brain_history import About, SavedVolume, Tell, check_place, holds, save
 from .split_brain_node import BLOCK, UP_WORDS, Answers, Side, SplitBrainError, VolumeSide
 from .split_brain_report import combined, compare_facts, headline, is_split, relation, uuids_of
 from .values import Json
@@ -72,9 +72,10 @@ class Recovery:
         winner, loser = self.winner.describe(), self.loser.describe()
         self._check_running(winner, loser)
         if winner.cstate in UP_WORDS and loser.cstate in UP_WORDS:
-            self.announce("under-way", "The nodes are connected already; waiting for the resync.")
-            self._await_resync()
+            self._finish(winner, loser)
             return None
+        if self.wish.place is not None:
+            check_place(self.wish.place)
         numbers = self._split_volumes(winner, loser)
         self._rehearse(winner, loser, numbers)
         self._demote_and_part(winner, loser)
@@ -85,6 +86,19 @@ class Recovery:
         self.announce("connecting", f"{self.winner_name} connects.")
         self._await_resync()
         return path
+
+    def _finish(self, winner: Side, loser: Side) -> None:
+        """The nodes are connected: a run before has come as far, or the handshake has decided by itself."""
+        if any(volume.disk == "Inconsistent" for volume in winner.volumes):
+            raise SplitBrainError(
+                f"{loser.node}'s data is being copied to {winner.node} already, so {winner.node}'s cannot be kept any "
+                "more. What --keep saved of it before can be rebuilt with --restore FILE"
+            )
+        if all(volume.disk == "UpToDate" and not volume.bits for volume in loser.volumes):
+            self.announce("nothing", "The nodes are connected and have the same data: there is nothing to decide.")
+            return
+        self.announce("under-way", "The nodes are connected already; waiting for the resync.")
+        self._await_resync()
 
     # ------------------------------------------------------------------------------ before
 

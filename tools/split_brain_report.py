@@ -17,7 +17,7 @@ from tandem.repl.uuids import SPLIT_BRAIN, SPLIT_BRAIN_HARD, UNRELATED, CompareF
 
 from .journal import NOT_LINKED, Entry
 from .split_brain_files import FileUse
-from .split_brain_node import BLOCK, Side, VolumeSide
+from .split_brain_node import BLOCK, UP_WORDS, Side, VolumeSide
 
 FILES_MAX: Final = 40  # lines of files for each node, unless more are asked for
 MOMENTS_MAX: Final = 40  # lines of the timeline
@@ -311,6 +311,8 @@ def _printable(name: str) -> str:
 
 def own_text(name: str, own: Side, volume: VolumeSide, bitmap: Bitmap, use: FileUse) -> str:
     """What one node can tell without the other: what was written here since its bitmap was empty."""
+    if own.cstate in UP_WORDS:
+        return f"{name}: no split brain. {own.node} ({_state(own, volume)}) is connected to the other node."
     since = alone_since(own.journal, volume.number, volume.gi)
     lines = [
         f"{name}: {own.node} ({_state(own, volume)}) has been on its own since: {when(since)}.",

@@ -374,3 +374,29 @@ def test_ctrl_c_loses_nothing(pair: SplitPair) -> None:
 def test_mistakes_get_one_sentence(seen: SplitPair, words: list[str], code: int, sentence: str) -> None:
     result = seen.adm("alpha", "split-brain", "r0", *words)
     assert result.code == code and sentence in result.err and result.err.count("\n") == 1
+
+
+def test_nodes_that_are_connected_have_nothing_to_decide(pair: SplitPair) -> None:
+    pair.ok("beta", "split-brain", "r0", "--keep", "alpha")
+    for keep in ("alpha", "beta"):
+        said = pair.ok("alpha", "split-brain", "r0", "--keep", keep)
+        assert said == "The nodes are connected and have the same data: there is nothing to decide.\n"
+    report = pair.ok("alpha", "split-brain", "r0", "--rsh", "false")
+    assert report == "r0/0: no split brain. alpha (Primary, Connected, UpToDate) is connected to the other node.\n"
+
+
+def test_a_node_that_is_being_overwritten_is_not_kept_any_more(pair: SplitPair) -> None:
+    pair.ok("alpha", "pause-sync", "r0")
+    pair.ok("beta", "connect", "--discard-my-data", "r0")
+    pair.ok("alpha", "connect", "r0")
+    wait_until(lambda: pair.ok("alpha", "cstate", "r0") == "PausedSyncS\n")
+    refused = pair.adm("beta", "split-brain", "r0", "--keep", "beta")
+    assert refused.code == 11
+    assert refused.err.startswith("r0: alpha's data is being copied to beta already, so beta's cannot be kept any more.")
+
+
+def test_a_place_that_cannot_be_used_is_refused_before_anybody_is_demoted(pair: SplitPair) -> None:
+    refused = pair.adm("beta", "split-brain", "r0", "--keep", "beta", "--save", "/dev/full")
+    assert (refused.code, refused.out) == (11, "")
+    assert "it is not a regular file" in refused.err
+    assert pair.ok("alpha", "role", "r0").startswith("Primary/")
