@@ -381,8 +381,8 @@ def test_nodes_that_are_connected_have_nothing_to_decide(pair: SplitPair) -> Non
     for keep in ("alpha", "beta"):
         said = pair.ok("alpha", "split-brain", "r0", "--keep", keep)
         assert said == "The nodes are connected and have the same data: there is nothing to decide.\n"
-    report = pair.ok("alpha", "split-brain", "r0", "--rsh", "false")
-    assert report == "r0/0: no split brain. alpha (Primary, Connected, UpToDate) is connected to the other node.\n"
+    report = pair.adm("alpha", "split-brain", "r0", "--rsh", "false")
+    assert report.out == "r0/0: no split brain. alpha (Primary, Connected, UpToDate) is connected to the other node.\n"
 
 
 def test_a_node_that_is_being_overwritten_is_not_kept_any_more(pair: SplitPair) -> None:
