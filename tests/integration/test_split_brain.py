@@ -392,7 +392,7 @@ def test_a_node_that_is_being_overwritten_is_not_kept_any_more(pair: SplitPair) 
     wait_until(lambda: pair.ok("alpha", "cstate", "r0") == "PausedSyncS\n")
     refused = pair.adm("beta", "split-brain", "r0", "--keep", "beta")
     assert refused.code == 11
-    assert refused.err.startswith("r0: alpha's data is being copied to beta already, so beta's cannot be kept any more.")
+    assert refused.err.startswith("r0: alpha's data is being copied to beta already, so beta's cannot be kept any")
 
 
 def test_a_place_that_cannot_be_used_is_refused_before_anybody_is_demoted(pair: SplitPair) -> None:
