@@ -65,8 +65,8 @@ would give up, or else the one that changed less. Who yields leaves the peer alo
 under `resource-and-stonith` a Primary waits with its I/O frozen. The one that fences is frozen too, until the handler
 has answered; what either had been told of the peer's disk, and a handler called before they met, do not count any more.
 Both nodes reach the same answer by themselves. If nobody is Primary nobody writes, and nobody is fenced. A Primary that
-is refused because it should take the peer's data yields in the same way. The outcome is in `status`, as the state of
-the peer's disk and as `suspended:fencing`, and in the log.
+is refused because it should take the peer's data yields in the same way. The outcome is in the log and in `status`: as
+`suspended:fencing`, and with `--verbose` or `--json` as the state of the peer's disk.
 
 """
 

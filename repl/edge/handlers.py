@@ -247,7 +247,12 @@ class _Lines:
         if self._n_lines == OUTPUT_LINES_MAX:
             self._say("(more output follows, which is not logged)")
         elif self._n_lines < OUTPUT_LINES_MAX:
-            self._say(line[:LINE_BYTES_MAX].decode("utf-8", "replace").rstrip())
+            self._say(_printable(line[:LINE_BYTES_MAX].decode("utf-8", "replace").rstrip()))
+
+
+def _printable(text: str) -> str:
+    """Without what would act on the terminal of somebody who reads the log."""
+    return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

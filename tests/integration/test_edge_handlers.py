@@ -97,6 +97,12 @@ def test_the_exit_code_and_every_line_of_output_are_reported() -> None:
     assert told == ["helper command: fence-peer", "helper command: fence-peer [exit code 4]"]
 
 
+def test_output_does_not_act_on_the_terminal_of_who_reads_the_log() -> None:
+    log = Log(fence_peer=r"printf '\033[31mred\r\ta\302\233 \303\274\n'; exit 4")
+    log.run("fence-peer")
+    assert log.lines == ["fence-peer: \\x1b[31mred\\r\ta\\x9b ü"]
+
+
 def test_without_a_handler_the_exit_code_is_0() -> None:
     log = Log(split_brain="exit 1")
     assert log.run("fence-peer") == 0
