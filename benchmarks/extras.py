@@ -80,7 +80,7 @@ def _status(pid: int, field: str) -> int:
     raise BenchError(f"the kernel does not tell {field} of process {pid}")
 
 
-def writes_during_resync(system: Tandem, size: int) -> Figure:
+def writes_during_resync(system: Tandem, size: int) -> list[Figure]:
     """The rate of 4 KiB writes while a resync runs, to their rate when none does."""
     alone = run_fio(LOAD, system, size, 1.0, 1)["write"]["iops"]
     during: list[float] = []
@@ -88,10 +88,10 @@ def writes_during_resync(system: Tandem, size: int) -> Figure:
         lambda: run_fio(FILL, system, size, 0.5 + size / (300 * MIB), 1),
         lambda: during.append(run_fio(LOAD, system, size, 0.5, 2)["write"]["iops"]),
     )
-    return Figure("4 KiB writes during a resync, to without", during[0] / alone, "", 0.5)
+    return [Figure("4 KiB writes during a resync, to without", during[0] / alone, "", 0.5)]
 
 
-def verify(system: Tandem, size: int) -> Figure:
+def verify(system: Tandem, size: int) -> list[Figure]:
     """Bytes per second of an online verify of the whole export."""
     watch = system.statuses("alice")
     next(watch)
@@ -102,7 +102,7 @@ def verify(system: Tandem, size: int) -> Figure:
         if state == "VerifyS" and not began:
             began = at
         elif began and state == "Established":
-            return Figure("online verify", size / (at - began) / 1e6, "MB/s")
+            return [Figure("online verify", size / (at - began) / 1e6, "MB/s")]
     raise BenchError("the daemon of alice ended during the verify")
 
 
@@ -133,6 +133,8 @@ def _watched_rate(system: Tandem) -> float:
             marks.append((at, 0))
             break
         time.sleep(0.1)
+    if len(marks) < 2:
+        raise BenchError(f"the sync that was to be watched for {WATCH_S:.0f} s did not begin")
     (began, before), (ended, after) = marks[0], marks[-1]
     return (before - after) / (ended - began)
 
@@ -243,4 +245,5 @@ def many(directory: Path) -> list[Figure]:
     return found
 
 
+ON_A_PAIR: Final[tuple[Callable[[Tandem, int], list[Figure]], ...]] = (writes_during_resync, verify)
 ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, many)

@@ -14,9 +14,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from workloads import MIB, WORKLOADS, FioError, Measured, Workload, cpu_seconds,
 
 REFERENCE = "nbdkit"
 RESYNCED = ("tandem", "other")
+# Of one system; the others are measured all the same.
+FAILURES = (BenchError, FioError, OSError, subprocess.SubprocessError)
 
 
 def main() -> int:
@@ -110,9 +114,13 @@ def _run(
     for cls in classes:
         system = cls(directory, options.size)
         stack.callback(system.stop)
-        system.start()
-        run_fio(FILL, system, options.size, 0.5 + options.size / (500 * MIB), 1)
-        systems.append(system)
+        try:
+            system.start()
+            run_fio(FILL, system, options.size, 0.5 + options.size / (500 * MIB), 1)
+        except FAILURES as error:
+            _leave_out(console, system, error)
+        else:
+            systems.append(system)
     workloads = [
         w for w in WORKLOADS
         if (w.name in options.workload if options.workload else w.quick or not options.quick)
@@ -131,9 +139,17 @@ def _run(
                 if console.is_terminal:
                     text = f"round {number + 1} of {options.rounds}: {workload.title}: {system.title}"
                     console.print(text, end="\x1b[K\r", highlight=False)
-                with others.watch(every):
-                    found = _measure(workload, system, options, number)
-                results[workload.name][system.name].append(found)
+                try:
+                    with others.watch(every):
+                        found = _measure(workload, system, options, number)
+                except FAILURES as error:
+                    _leave_out(console, system, error)
+                    systems.remove(system)
+                    for rounds in results.values():
+                        rounds.pop(system.name, None)
+                    resyncs.pop(system.name, None)
+                else:
+                    results[workload.name][system.name].append(found)
         if not options.no_resync:
             for system in systems:
                 if isinstance(system, Tandem) and system.name in RESYNCED:
@@ -161,19 +177,31 @@ def _run(
     return 0
 
 
+def _leave_out(console: Console, system: System, error: Exception) -> None:
+    """Go on without a system that failed; without the reference there is nothing to compare with."""
+    if system.name == REFERENCE:
+        raise error
+    console.print(f"Left out from here on: {system.title}: {error}", markup=False)
+
+
 def _extras(
     options: argparse.Namespace, console: Console, systems: list[System], directory: Path
 ) -> list[extras.Figure]:
     """What is no fio job; the systems that were measured are idle meanwhile."""
     figures: list[extras.Figure] = []
+    measures: list[partial[list[extras.Figure]]] = []
     for system in systems:
         if system.name == "tandem" and isinstance(system, Tandem):
-            figures.append(extras.writes_during_resync(system, options.size))
-            figures.append(extras.verify(system, options.size))
-    for measure in extras.ALONE:
+            measures += [partial(measure, system, options.size) for measure in extras.ON_A_PAIR]
+    measures += [partial(measure, directory) for measure in extras.ALONE]
+    for measure in measures:
+        name = measure.func.__name__
         if console.is_terminal:
-            console.print(measure.__name__, end="\x1b[K\r", highlight=False)
-        figures += measure(directory)
+            console.print(name, end="\x1b[K\r", highlight=False)
+        try:
+            figures += measure()
+        except FAILURES as error:
+            console.print(f"Left out: {name}: {error}", markup=False)
     return figures
 
 
