@@ -54,30 +54,42 @@ def test_the_power_of_both_is_cut(fenced: Fenced) -> None:
     fenced.equal()
 
 
-@pytest.mark.parametrize("deaf", ["both", "anna", "bert"])
+DEAF = pytest.mark.parametrize("deaf", ["both", "anna", "bert"])
+
+
+def part(fenced: Fenced, deaf: str) -> None:
+    """Pull bert's cable, or let one host hear nothing of what the other one sends."""
+    anna, bert = fenced.hosts
+    if deaf == "both":
+        bert.guest.cut()
+    else:
+        mute = bert if deaf == "anna" else anna
+        mute.guest.sh("modprobe sch_netem && tc qdisc replace dev lan root netem loss 100%")
+
+
+def heal(fenced: Fenced) -> None:
+    fenced.bert.guest.cut(False)
+    for host in fenced.hosts:
+        if host.guest.running:
+            host.guest.sh("tc qdisc del dev lan root; true")
+
+
+@DEAF
 def test_a_partition(fenced: Fenced, deaf: str) -> None:
     """The cable is pulled, or one host hears nothing of what the other one sends; the Primary shoots."""
     anna, bert = fenced.hosts
-
-    def cut() -> None:
-        if deaf == "both":
-            bert.guest.cut()
-        else:
-            mute = bert if deaf == "anna" else anna
-            mute.guest.sh("modprobe sch_netem && tc qdisc replace dev lan root netem loss 100%")
-
-    assert fenced.write(anna, 600, cut)
+    assert fenced.write(anna, 600, lambda: part(fenced, deaf))
     assert fenced.switch.done == [("anna", "bert")] and not bert.guest.running
     state = anna.state()
     assert (state.role, state.pdsk) == ("Primary", "Outdated")
-    bert.guest.cut(False)
-    anna.guest.sh("tc qdisc del dev lan root; true")
+    heal(fenced)
     fenced.comes_back(bert)
     fenced.check(anna)
     fenced.equal()
 
 
-def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced) -> None:
+@DEAF
+def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced, deaf: str) -> None:
     """The cluster promotes the Secondary at the same time: both shoot, one of them first."""
     anna, bert = fenced.hosts
     takers: list[threading.Thread] = []
@@ -87,7 +99,7 @@ def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced) -> None:
             bert.adm("primary", RES, check=False)
 
     def cut() -> None:
-        bert.guest.cut()
+        part(fenced, deaf)
         takers.append(threading.Thread(target=promote))
         takers[0].start()
 
@@ -99,7 +111,7 @@ def test_a_partition_in_which_both_want_to_go_on(fenced: Fenced) -> None:
     wait(winner, lambda s: s.role == "Primary" and s.pdsk == "Outdated", "the only Primary")
     fenced.check(winner)
     assert fenced.write(winner, 100)
-    bert.guest.cut(False)
+    heal(fenced)
     fenced.comes_back(loser)
     fenced.check(winner)
     fenced.equal()
