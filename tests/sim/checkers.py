@@ -355,6 +355,10 @@ class Checks:
         alone = not state.connected and (self.w.mix.protocol == "C" or not self.connected_before(node, volume))
         if not reached and alone:
             self._check_alone(node, write)
+        mirrored = there and state.connected and peer.connected and state.pdsk is D.UP_TO_DATE
+        through = write.fua and mirrored and self.w.mix.protocol == "C"
+        if through and not ledger.holds(write, self.reader(peer, volume, durable=True)):
+            self.fail("6 flush", f"{write!r} with FUA was answered, it is not stable on {peer.config.node}")
         holders = [n.index for n, holds in ((node, here), (peer, there)) if holds]
         ledger.acked(write, holders)
         if not here:
@@ -414,6 +418,8 @@ class Checks:
         vol = node.engine.volumes[volume]
         state = vol.state
         ledger = self.w.ledgers[volume]
+        if ask.n_given_up != ledger.n_given_up:
+            return  # a policy has given up what it was to make stable
         nodes = []
         if state.disk is D.UP_TO_DATE:
             nodes.append(node)

@@ -103,6 +103,7 @@ class Ledger:
         self.writes: dict[int, Write] = {}
         self.step = 0
         self.n_acked = 0
+        self.n_given_up = 0  # how often a resync has ended one of two histories
         self._next_id = first_id
 
     # ------------------------------------------------------------------ what happens
@@ -178,6 +179,7 @@ class Ledger:
         """A resync ended without failed blocks."""
         s, t = self.copies[source], self.copies[target]
         t.become(s)
+        self.n_given_up += s.discarded or t.discarded
         s.lacks.clear()
         t.lacks.clear()
         s.discarded = t.discarded = False

@@ -52,6 +52,7 @@ class Ask:
     point: FlushPoint | None = None  # a flush: what it has to make stable
     begin: int = 0  # ledger step of the submission
     alone: bool = False  # a flush: asked for before the nodes met
+    n_given_up: int = 0  # a flush: how many histories had been given up when it was submitted
     good_since: tuple[int, bool] = (0, False)  # failures of the disk so far, and whether it is good
 
 

@@ -385,6 +385,84 @@ def _conflicts_not_resolved(mp: Patch) -> None:
     mp.setattr(Conflicts, "settle", lambda self, vol, w: True)
 
 
+def _leaves_up_to_date(mp: Patch) -> None:
+    """A node that asked to part as the Outdated one, and was let go, stays UpToDate."""
+    original, flags = Engine.stand_alone, Volume.flags
+
+    def stand_alone(self: Any, why: str, outdate: str = "") -> None:
+        original(self, why, "" if outdate == "disk" else outdate)
+
+    def good(self: Any) -> Any:
+        leaving, self.leaving = self.leaving, False
+        found = flags(self)
+        self.leaving = leaving
+        return found
+
+    mp.setattr(Engine, "stand_alone", stand_alone)
+    mp.setattr(Volume, "flags", good)
+
+
+def _superseded_fua(mp: Patch) -> None:
+    """A FUA write that lost to the other Primary's ordinary write is answered like any other."""
+    original = Conflicts._refuse
+
+    def refuse(self: Any, vol: Any, w: Any, ours: Any) -> None:
+        w.flags &= ~FUA
+        original(self, vol, w, ours)
+
+    mp.setattr(Conflicts, "_refuse", refuse)
+
+
+def _demotion_at_once(mp: Patch) -> None:
+    """A node is demoted while its clients' last requests are under way."""
+
+    def when_quiet(self: Any, vol: Any, then: Callable[[], None], *, answered: bool = False) -> None:
+        vol.n_app = 0
+        then()
+
+    mp.setattr(Engine, "when_quiet", when_quiet)
+
+
+def _secondary_begins_a_generation(mp: Patch) -> None:
+    """Whoever loses its peer begins a generation, also a Secondary."""
+    original = Engine.change_conn
+
+    def change_conn(self: Any, conn: Any, *rest: Any, **more: Any) -> None:
+        lost = [v for v in self.volumes.values() if conn < 10 <= v.state.conn and v.state.disk == v.state.pdsk == 8]
+        original(self, conn, *rest, **more)
+        for vol in lost:
+            if not vol.uuids.bitmap:
+                self.start_new_generation(vol)
+
+    mp.setattr(Engine, "change_conn", change_conn)
+
+
+def _leaves_often(mix: Mix) -> Mix:
+    """Secondaries that disconnect from a Primary."""
+    return replace(
+        mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", admin=4, client=15, size=2 * MIB, n_volumes=1,
+        two_primaries=False, fresh=False,
+    )  # fmt: skip
+
+
+def _ends_sessions(mix: Mix) -> Mix:
+    """Operators who demote by force."""
+    return replace(mix, admin=4, client=15, queue_depth=16)
+
+
+def _careful_without_fencing(mix: Mix) -> Mix:
+    """No split brain may come about, whatever the disks and the operator do."""
+    return replace(
+        mix, fencing=Fencing.DONT_CARE, risky=False, two_primaries=False, cut=0.1, eio=0.03, admin=1, fresh=False,
+        on_io_error="detach", after_sb=(AfterSb.DISCONNECT,) * 3,
+    )  # fmt: skip
+
+
+def _fua_at_once(mix: Mix) -> Mix:
+    """Two Primaries, one place, many FUA writes and power cuts."""
+    return replace(_two_write_at_once(mix), flushes=10, power_cut=0.1, reboot=4, queue_depth=16)
+
+
 def _fences_often(mix: Mix) -> Mix:
     return replace(
         mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", cut=0.3, reconnect=4, slow_handler=True,
@@ -451,6 +529,10 @@ PLANTS = (
     Plant("split brain joined", "an unsolved split brain gets a direction", _split_brain_joined, _splits_brains),
     Plant("policy too bold", "disconnect is taken for discard-secondary", _policy_too_bold, _splits_brains),
     Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, _splits_brains),
+    Plant("leaves UpToDate", "who leaves as the Outdated one stays UpToDate", _leaves_up_to_date, _leaves_often),
+    Plant("FUA superseded", "a FUA write that lost is answered at once", _superseded_fua, _fua_at_once),
+    Plant("demotion at once", "requests outlive the role", _demotion_at_once, _ends_sessions),
+    Plant("needless generation", "a Secondary begins one", _secondary_begins_a_generation, _careful_without_fencing),
     Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, _two_write_at_once),
 )
 

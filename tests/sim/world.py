@@ -333,8 +333,9 @@ class World:
         request = Request(node.clients, None, Op.FLUSH, volume, 0, 0)
         point = self.ledgers[volume].flush_point()
         node.clients.open[id(request)] = Ask(
-            request, point=point, alone=not node.connected, good_since=self.checks.good_since(node, volume)
-        )
+            request, point=point, alone=not node.connected, n_given_up=self.ledgers[volume].n_given_up,
+            good_since=self.checks.good_since(node, volume),
+        )  # fmt: skip
         return request
 
     def finished(self, node: Node, request: Request) -> None:
