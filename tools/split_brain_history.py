@@ -150,7 +150,9 @@ def check_place(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise SplitBrainError(f"{path.parent}: {error.strerror}; choose another place with --save FILE") from error
+        raise SplitBrainError(
+            f"{path.parent}: {error.strerror}; nothing has been changed. Choose another place with --save FILE"
+        ) from error
 
 
 def _take_room(file: IO[bytes], needed: int) -> None:

@@ -326,8 +326,11 @@ cdef class Flusher:
 
     def _collect(self):
         cdef list ended = []
-        cdef job *one = flusher_done(self._threads)
+        cdef job *one
         cdef job *following
+        if self._threads == NULL:
+            return  # it was stopped in the same turn of the loop
+        one = flusher_done(self._threads)
         while one != NULL:
             token = <object><PyObject *>one.token
             Py_DECREF(token)
