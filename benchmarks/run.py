@@ -169,6 +169,7 @@ def _run(
     report.show_figures(console, [*figures, *memory])
     everything = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
     if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     if options.plots:
         import plots  # Its library is not needed for anything else.
