@@ -78,12 +78,15 @@ class Tandem(System):
     def loops(cls) -> str:
         """Whether its nodes run with the compiled loops, as a sentence."""
         program = (
-            "from tandem.repl.compiled import batches as a; from tandem.nbd.compiled import batches as b\n"
-            "import os, pathlib\n"
-            "files = [pathlib.Path(os.path.realpath(m.__file__)) for m in (a, b)]\n"
-            "source = max(f.with_name('_batches.pyx').stat().st_mtime for f in files)\n"
-            "print('no' if any(f.suffix == '.py' for f in files) else "
-            "'old' if min(f.stat().st_mtime for f in files) < source else 'yes')"
+            "import importlib, importlib.util, os, pathlib\n"
+            "rooms = {'tandem.repl': 'batches', 'tandem.nbd': 'batches', 'tandem.repl.edge': 'calls'}\n"
+            "made = [getattr(importlib.import_module(r + '.compiled'), n) for r, n in rooms.items()\n"
+            "        if importlib.util.find_spec(r + '.compiled')]\n"  # an older tree may lack one
+            "files = [pathlib.Path(os.path.realpath(m.__file__)) for m in made]\n"
+            "plain = any(f.suffix == '.py' for f in files)\n"
+            "source = lambda f: f.with_name(f.name.split('.')[0] + '.pyx')\n"
+            "late = not plain and any(f.stat().st_mtime < source(f).stat().st_mtime for f in files)\n"
+            "print('no' if plain else 'old' if late else 'yes')"
         )
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, env=cls.environment(), check=False
@@ -319,18 +322,22 @@ class Gluster(System):
 
     def _bricks(self) -> list[int]:
         """The pids of the brick servers, which glusterd has started."""
+        return self._started(b"glusterfsd")
+
+    def _started(self, program: bytes) -> list[int]:
+        """The pids of *program* with this system's directory among their arguments."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if words[0].endswith(b"glusterfsd") and any(str(self.directory).encode() in w for w in words):
+                if os.path.basename(words[0]) == program and any(str(self.directory).encode() in w for w in words):
                     found.append(int(entry.name))
         return found
 
     def _stop_bricks(self) -> None:
         with contextlib.suppress(BenchError, subprocess.TimeoutExpired):
             self.gluster("volume", "stop", "bench", "force")
-        for pid in self._bricks():
+        for pid in (*self._bricks(), *self._started(b"glusterfs")):  # the second is the self-heal daemon
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
 

@@ -77,9 +77,6 @@ cdef Py_ssize_t w_al_ref = slot_offset(PeerWrite.al_ref)
 cdef Py_ssize_t e_active = slot_offset(PeerEpoch.active)
 cdef Py_ssize_t e_dead = slot_offset(PeerEpoch.dead)
 
-cdef inline long long number(object r, Py_ssize_t at) except? -1:
-    return <long long>slot_get(r, at)
-
 cdef inline int is_request(object r) except -1:
     if type(r) is not REQUEST:
         raise TypeError(f"{r!r} is no Request")

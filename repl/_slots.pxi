@@ -51,3 +51,6 @@ cdef extern from *:
     uint16_t be16(uint16_t x) nogil
     uint32_t be32(uint32_t x) nogil
     uint64_t be64(uint64_t x) nogil
+
+cdef inline long long number(object r, Py_ssize_t at) except? -1:
+    return <long long>slot_get(r, at)

@@ -220,19 +220,15 @@ cdef struct Call:
     size_t length
     Py_buffer view
 
-cdef inline long long number_at(object op, Py_ssize_t at) except? -1:
-    return <long long>slot_get(op, at)
-
-
 def n_waits():
     return count_waits()
 
 
-def short_inline(int fd, list ops, number, bint nowait, bint counting):
+def short_inline(int fd, list ops, long long volume, bint nowait, bint counting):
     cdef Call calls[OPS_MAX]
     cdef Call *call
     cdef list buffers = []
-    cdef long long kind, offset, length, end = -1, volume = number
+    cdef long long kind, offset, length, end = -1
     cdef int n = 0, count = 0, i
     cdef long waits = 0
     cdef double now, began, slow = 0.0
@@ -241,10 +237,10 @@ def short_inline(int fd, list ops, number, bint nowait, bint counting):
         for op in ops:
             if not isinstance(op, DiskOp):
                 raise TypeError(f"{op!r} is no DiskOp")
-            kind, offset, length = number_at(op, _op), number_at(op, _offset), number_at(op, _length)
+            kind, offset, length = number(op, _op), number(op, _offset), number(op, _length)
             if (
-                n == OPS_MAX or kind > OP_WRITE or number_at(op, _flags) or number_at(op, _area) or length > BYTES_MAX
-                or offset == end or number_at(op, _volume) != volume
+                n == OPS_MAX or kind > OP_WRITE or number(op, _flags) or number(op, _area) or length > BYTES_MAX
+                or offset == end or number(op, _volume) != volume
             ):
                 break
             end = offset + length

@@ -7,6 +7,7 @@ and what runs without it. Tests compare the two.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import time
@@ -31,9 +32,9 @@ def n_waits() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
-def short_inline(fd: int, ops: list[DiskOp], number: int, nowait: bool, counting: bool) -> tuple[int, float, bool]:
+def short_inline(fd: int, ops: list[DiskOp], volume: int, nowait: bool, counting: bool) -> tuple[int, float, bool]:
     """Carry out the operations that *ops* begins with, as long as they are short, plain reads and writes of volume
-    *number* that do not touch their neighbours.
+    *volume* that do not touch their neighbours.
 
     Reads are tried only with *nowait*, from the page cache. Returns how many are done; the time in seconds of a write
     that took longer than `SLOW_S`, the last one done then, else 0.0; and, with *counting*, whether this thread
@@ -46,7 +47,7 @@ def short_inline(fd: int, ops: list[DiskOp], number: int, nowait: bool, counting
         offset, length = op.offset, op.length
         if (
             op.op > WRITE or op.flags or op.area or length > SHORT_BYTES_MAX or offset == end
-            or op.volume != number or count == SHORT_OPS_MAX
+            or op.volume != volume or count == SHORT_OPS_MAX
         ):  # fmt: skip
             break
         end = offset + length
@@ -94,5 +95,5 @@ def _flush(fd: int, token: Any) -> tuple[Any, int]:
     try:
         os.fdatasync(fd)
     except OSError as error:
-        return token, error.errno or 0
+        return token, error.errno or errno.EIO
     return token, 0

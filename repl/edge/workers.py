@@ -119,6 +119,8 @@ class Workers(Generic[T]):
                 self._completions.fail(error)
             else:
                 self._completions.put(result)
+                del result  # an idle thread must not keep the payloads of what it did last
+            me.job = job = None
             with self._mutex:
                 me.job = self._jobs.popleft() if self._jobs else None
                 if me.job is not None or self._stopped:

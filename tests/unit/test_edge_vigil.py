@@ -39,6 +39,15 @@ class World:
         return awake
 
 
+def lose_the_processor(world: World) -> None:
+    """Until the loop is awake; then somebody takes the processor."""
+    while not world.event_after(50e-6):
+        pass
+    world.kept_s = AWAY_S
+    world.event_after(50e-6)
+    world.kept_s = 0.0
+
+
 def test_short_waits_teach_the_loop_to_stay_awake() -> None:
     world = World()
     seen = [world.event_after(50e-6) for _ in range(12)]
@@ -104,11 +113,7 @@ def test_a_processor_that_is_wanted_is_left_alone() -> None:
     world = World()
     rests = []
     for _ in range(12):
-        while not world.event_after(50e-6):
-            pass
-        world.kept_s = AWAY_S
-        world.event_after(50e-6)
-        world.kept_s = 0.0
+        lose_the_processor(world)
         began = world.now
         while not world.event_after(50e-6):
             pass
@@ -121,11 +126,7 @@ def test_a_processor_that_is_wanted_is_left_alone() -> None:
 def test_a_machine_that_was_busy_once_is_not_held_for_busy() -> None:
     world = World()
     for _ in range(6):
-        while not world.event_after(50e-6):
-            pass
-        world.kept_s = AWAY_S
-        world.event_after(50e-6)
-        world.kept_s = 0.0
+        lose_the_processor(world)
         began = world.now
         while world.now < began + 1.0:
             world.event_after(50e-6)
