@@ -168,8 +168,9 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
         resync.aborted(vol)
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and vol.verify:
         e.verify.aborted(vol)
+    if new.conn != C.CONNECTED:
+        vol.consider_resync = False  # the connection went, or a resync was agreed to: then that one it is
     if new.conn < C.CONNECTED:
-        vol.consider_resync = False
         vol.pending_sync_uuid = None
     match new.conn:
         case C.WF_BITMAP_S:

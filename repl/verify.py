@@ -39,7 +39,7 @@ class VerifyRun:
 
     __slots__ = (
         "asking", "cursor", "end", "ending", "left", "look_at", "n_differing", "out", "run_end", "run_start",
-        "tokens", "tokens_at", "total",
+        "started", "tokens", "tokens_at", "total",
     )  # fmt: skip
 
     def __init__(self, first: int, end: int, now: float) -> None:
@@ -50,6 +50,7 @@ class VerifyRun:
         self.n_differing = 0
         self.run_start = self.run_end = 0  # sectors that differ in a row, to be told once
         self.asking = self.ending = False
+        self.started = False  # VerifyT: the first request has come
         self.look_at: float | None = None
         self.tokens = 0.0
         self.tokens_at = now
@@ -219,8 +220,9 @@ class Verify:
             return
         link, offset = self.e.link.ticket, sector << 9
         run = vol.verify if vol.state.conn == ConnState.VERIFY_T else None
-        if run is not None and run.cursor < offset >> BLOCK_SHIFT and run.left == run.total and not run.out:
-            run.cursor = offset >> BLOCK_SHIFT  # the first request tells where the peer began
+        if run is not None and not run.started:  # as it comes in: the answer to it may be overtaken by others
+            run.started = True
+            run.cursor = offset >> BLOCK_SHIFT  # it tells where the peer began
             run.total = run.left = vol.rs_total = run.end - run.cursor
         blocker = vol.intervals.blocker(offset, size)
         if blocker is not None or not self._quiet(vol, offset):

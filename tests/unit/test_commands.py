@@ -12,13 +12,16 @@ from tandem.repl.errors import Refusal
 from tandem.repl.events import Attach, Attached, AttachFailed, DeviceGrown, LinkLost, Opened, ProbeSize, ReleaseDisk
 from tandem.repl.metadata import MdFlag
 from tandem.repl.requests import META, Op
-from tandem.repl.states import ConnState, DiskState, Role
+from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import (
     Packet,
+    Uuids,
     pack_ack,
     pack_barrier_ack,
     pack_state,
+    pack_state_change,
     pack_state_reply,
+    pack_sync_uuid,
     packet,
     unpack_barrier,
     unpack_data,
@@ -281,6 +284,24 @@ def test_invalidate_alone_marks_everything_durably_first() -> None:
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.local_disk() == D.INCONSISTENT
     assert lone.vol.bitmap.weight == lone.vol.n_bits and not lone.vol.full_sync_flag
+
+
+def test_a_resync_agreed_to_is_not_decided_again_because_the_peer_was_forced() -> None:
+    """The peer granted a full sync and waits for nothing more; its generation from before came behind its yes."""
+    lone = Lone()
+    lone.attach(fresh=True)
+    inconsistent = replace(PEER_SECONDARY, disk=D.INCONSISTENT)
+    lone.connect(inconsistent, uuids=(4, 0, 0, 0), bits=lone.vol.n_bits)
+    lone.data(pack_state_change(0x1E03, DiskState.UP_TO_DATE << 9 | Role.PRIMARY, 0, False))
+    ticket = lone.command("invalidate")
+    lone.meta(pack_state_reply(1, 0, False))
+    assert lone.answered(ticket) == "done" and lone.conn() == ConnState.STARTING_SYNC_T
+    forced = State(Role.PRIMARY, Role.SECONDARY, ConnState.CONNECTED, DiskState.UP_TO_DATE, DiskState.INCONSISTENT)
+    lone.data(Uuids(0x21, 4, 0, 0, lone.vol.n_bits, 0).pack(0), pack_state(forced.word(), 0))
+    lone.settle()
+    assert lone.conn() == ConnState.WF_SYNC_UUID
+    lone.data(pack_sync_uuid(0x30, 0))
+    assert lone.conn() == ConnState.SYNC_TARGET
 
 
 def test_invalidate_remote_on_a_primary_alone() -> None:
