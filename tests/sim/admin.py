@@ -23,6 +23,7 @@ HEAL_STEPS_MAX: Final = 60_000
 HEAL_SECONDS_MAX: Final = 900.0
 FROZEN_PATIENCE_S: Final = 60.0
 IDLE_ROUNDS_MAX: Final = 40
+IDLE_PER_PATIENCE: Final = IDLE_ROUNDS_MAX // 2
 
 # ---------------------------------------------------------------------------------------- the start
 
@@ -261,6 +262,8 @@ class Healer:
                 )
             self._operate()
             n_idle = 0 if world.step() else n_idle + 1
+            if n_idle:  # nobody waits for a moment: the operator's patience with frozen I/O ends all the same
+                world.now += FROZEN_PATIENCE_S / IDLE_PER_PATIENCE
             if n_idle > IDLE_ROUNDS_MAX:  # a few, because the operator may have just acted
                 world.fail("liveness", "nothing can happen any more, and the nodes do not agree")
         world.checks.check_agreement()

@@ -27,6 +27,7 @@ from .histories import (
     check_only_side,
     check_split_brain_decided,
     could_be_primary,
+    given_up,
     met,
     parted,
     superseded,
@@ -504,7 +505,8 @@ class Checks:
                 "durability",
                 f"{node.config.node} was promoted while connected, it lacks {next(iter(lacks))!r}",
             )
-        if lacks and self.w.mix.fencing is not Fencing.DONT_CARE and not ledger.copies[node.index].discarded:
+        fencing = self.w.mix.fencing is not Fencing.DONT_CARE
+        if lacks and fencing and not ledger.copies[node.index].discarded and not given_up(self, node, volume):
             self.fail("8 fencing", f"{node.config.node} was promoted, it lacks {next(iter(lacks))!r}")
 
     def _sync_began(self, target: Node, volume: int) -> None:

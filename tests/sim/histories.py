@@ -13,7 +13,7 @@ from tandem.repl.config import AfterSb, Fencing
 from tandem.repl.requests import META
 from tandem.repl.states import ConnState, DiskState, Role
 
-from .ondisk import CONSISTENT_WAS_UP_TO_DATE, super_at
+from .ondisk import CONSISTENT, CONSISTENT_WAS_UP_TO_DATE, super_at
 
 if TYPE_CHECKING:
     from .checkers import Checks
@@ -31,12 +31,30 @@ def check_only_side(checks: Checks, node: Node, write: Write) -> None:
     if checks.w.mix.fencing is Fencing.DONT_CARE or checks.w.overruled or ledger.copies[node.index].discarded:
         return
     missed = ledger.still_lacks(node.index, checks.reader(node, write.volume))
-    if missed:
+    if missed and not given_up(checks, node, write.volume):
         checks.fail(
             "8 fencing",
             f"{write!r} was answered alone by {node.config.node}, which lacks {next(iter(missed))!r}:"
             " two histories although fencing is on",
         )
+
+
+def given_up(checks: Checks, node: Node, volume: int) -> bool:
+    """Has what only the peer of *node* has been given up, and its disk with it?
+
+    By the operator, or by on-io-error pass_on, under which one failed block makes a whole disk Inconsistent, also
+    that of a Primary alone. DRBD then prefers every disk that is not: it becomes the source (drbd_sync_handshake:
+    "Becoming sync target due to disk states"), and a fence-peer handler finds the other worse than Outdated.
+    """
+    peer = checks.w.peer_of(node)
+    discarded = checks.w.ledgers[volume].copies[peer.index].discarded
+    return discarded and not peer.primary and _inconsistent(peer, volume)
+
+
+def _inconsistent(node: Node, volume: int) -> bool:
+    if node.engine is not None and node.state(volume).disk > D.NEGOTIATING:
+        return node.state(volume).disk is D.INCONSISTENT
+    return not super_at(node.disks[volume].devices[META].live, node.layouts[volume]).flags & CONSISTENT
 
 
 def superseded(peer: Node, write: Write) -> bool:
