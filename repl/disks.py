@@ -235,12 +235,23 @@ class Disks:
         if policy == "pass_on" and not meta:
             if write and vol.state.disk == DiskState.UP_TO_DATE:
                 self.e.change(vol, replace(vol.state, disk=DiskState.INCONSISTENT), hard=True, why="I/O error")
-                if vol.state.connected:
-                    self.e.peer.send_state(vol)
+                self.tell_inconsistent(vol)
             return
         if policy == "call-local-io-error":
             self.e.run_handler("local-io-error", vol, None)
         self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="I/O error")
+
+    def tell_inconsistent(self, vol: Volume) -> None:
+        """Tell the peer that this disk is no good copy any more, once a crash cannot make it one again.
+
+        From then on the peer goes on without us, unfenced and in the generation that we share.
+        """
+
+        def durable(ok: bool) -> None:
+            if ok and vol.state.connected and vol.state.disk == DiskState.INCONSISTENT:
+                self.e.peer.send_state(vol)
+
+        self.e.write_superblock(vol, durable)
 
     def detach_cleanly(self, vol: Volume, then: Callable[[bool], None]) -> None:
         """Write the last bitmap and superblock. A Secondary's metadata is left clean, ready for anyone."""

@@ -172,9 +172,10 @@ class Source:
         self.e.change(
             vol, replace(vol.state, conn=ConnState.CONNECTED, disk=disk, pdsk=pdsk), hard=True, why="resync finished"
         )
-        if disk == DiskState.INCONSISTENT and vol.state.connected:
-            self.e.peer.send_state(vol)
-        self.e.write_superblock(vol, None)
+        if disk == DiskState.INCONSISTENT:
+            self.e.disks.tell_inconsistent(vol)
+        else:
+            self.e.write_superblock(vol, None)
         if vol.meta is not None:
             vol.meta.write_changed()
         self.e.run_handler("after-resync-source", vol, None)

@@ -191,14 +191,17 @@ class Volume:
         return self.bitmap.n_bits
 
     def readable_locally(self, offset: int, length: int) -> bool:
-        """May a read be served here: UpToDate, or Inconsistent but in sync in this range."""
+        """May a read be served here: UpToDate, or a sync target's disk that is in sync in this range.
+
+        Between resyncs an Inconsistent disk is out of the mirror, and only the peer marks what it misses.
+        """
         disk = self.state.disk
         if disk == DiskState.UP_TO_DATE:
             return True
         if disk != DiskState.INCONSISTENT or self.bitmap.n_bits == 0:
             return False
         first, end = offset >> 12, ((offset + length - 1) >> 12) + 1
-        return self.state.conn >= ConnState.CONNECTED and not self.bitmap.any(first, end)
+        return self.state.conn > ConnState.CONNECTED and not self.bitmap.any(first, end)
 
     # ------------------------------------------------------------------------------ metadata
 

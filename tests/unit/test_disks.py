@@ -232,10 +232,23 @@ def test_pass_on_keeps_the_disk_but_not_its_word() -> None:
     lone.settle()
     r = lone.submit(Op.WRITE, 8192)
     lone.answer(r, error=errno.EIO)
+    assert lone.local_disk() == D.INCONSISTENT and not lone.sent(P.STATE)
+    (written,) = superblocks(lone.disk, lone)
+    assert not written.flags & MdFlag.CONSISTENT, "the peer may rely on it once it is on disk"
     lone.settle()
-    assert lone.local_disk() == D.INCONSISTENT and lone.sent(P.STATE) == [P.STATE]
+    assert lone.sent(P.STATE) == [P.STATE]
     lone.meta(lone.ack(r))
     assert r.error == 0 and lone.vol.bitmap.weight == 1
+
+
+def test_what_was_written_elsewhere_meanwhile_is_not_read_from_a_disk_that_passes_errors_on() -> None:
+    lone = Lone(disk={"on_io_error": "pass_on"}, net={"allow_two_primaries": True}).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.answer(lone.submit(Op.WRITE, 8192), error=errno.EIO)
+    lone.settle()
+    lone.submit(Op.READ, 65536)
+    assert lone.sent(P.DATA_REQUEST) == [P.DATA_REQUEST], "the other Primary sends an Inconsistent disk nothing"
 
 
 def test_a_read_error_under_pass_on_changes_no_state() -> None:
