@@ -27,6 +27,7 @@ Story = Generator[Wait, Any, "Refusal | None"]
 
 MASKS = {"role": 0x3, "conn": 0x1F0, "disk": 0x1E00, "pdsk": 0x1E000}
 TRIES = 4
+AGAIN_S = 1.0  # after the peer was in the middle of a change of its own
 NOBODY = 0  # the ticket of a command that nobody waits for
 
 
@@ -92,7 +93,7 @@ class Commands:
                 if code == 0:
                     continue  # the connection went meanwhile: judge by the new state
                 if code == -18:
-                    yield self.e.next_change
+                    yield self._in_a_moment
                     continue
                 if code < SUCCESS:
                     self.peer_code = code
@@ -107,6 +108,17 @@ class Commands:
                     continue
                 return result.code
             return SUCCESS
+
+    def _in_a_moment(self, resume: Callable[[Any], None]) -> None:
+        """Resume after the next state change; or soon, for what holds the peer up may leave no trace here."""
+        waiting = [resume]
+
+        def once(_: Any) -> None:
+            if waiting:
+                waiting.pop()(None)
+
+        self.e.next_change(once)
+        self.e.after(AGAIN_S, once)
 
     @staticmethod
     def _has_disk(vol: Volume) -> bool:
@@ -235,7 +247,7 @@ class Commands:
                 extra = wishes[1]
                 continue
             if code in (-18, -19):
-                yield self.e.next_change
+                yield self._in_a_moment
                 continue
             if code < 0:
                 self._stay()

@@ -9,7 +9,7 @@ from tandem.repl.config import Fencing
 from tandem.repl.events import LinkLost, Opened
 from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, pack_state_change, pack_state_reply, unpack_i32, unpack_state_change
+from tandem.repl.wire import Packet, pack_state_change, pack_state_reply, packet, unpack_i32, unpack_state_change
 
 from tests.scenarios.lone import PEER_SECONDARY, Lone
 
@@ -238,7 +238,7 @@ def test_who_lost_the_race_is_refused() -> None:
 def test_a_transient_answer_is_asked_again_after_a_change() -> None:
     lone = secondary()
     ticket = lone.command("primary")
-    lone.meta(pack_state_reply(-18, 0, False))
+    lone.meta(pack_state_reply(-18, 0, False), packet(P.PING_ACK))
     assert lone.answered(ticket) is None and len(asked(lone)) == 1
     lone.handle(Opened(0, 0))
     lone.engine.change(lone.vol, replace(lone.state, user_isp=True))
@@ -260,3 +260,27 @@ def test_while_the_peer_is_diskless_nobody_is_outdated() -> None:
     lone.attach()
     lone.connect(replace(PEER_SECONDARY, disk=DiskState.DISKLESS))
     assert lone.run("outdate") == "done" and lone.local_disk() == DiskState.UP_TO_DATE
+
+
+@pytest.mark.parametrize("code", [-19, -18])
+def test_a_disconnect_that_crossed_another_request_is_asked_for_again(code: int) -> None:
+    """Nothing changes here when the request that was in its way is refused."""
+    lone = secondary()
+    ticket = lone.command("disconnect")
+    lone.meta(pack_state_reply(code, 0, True))
+    assert len(asked(lone, P.CONN_ST_CHG_REQ)) == 1 and lone.answered(ticket) is None
+    lone.at(lone.now + 2)
+    assert len(asked(lone, P.CONN_ST_CHG_REQ)) == 2
+    lone.meta(pack_state_reply(1, 0, True))
+    assert lone.answered(ticket) == "done" and lone.conn() == ConnState.STAND_ALONE
+
+
+def test_a_peer_that_stays_in_the_middle_of_a_change_is_asked_again() -> None:
+    lone = secondary()
+    ticket = lone.command("primary")
+    lone.meta(pack_state_reply(-18, 0, False), packet(P.PING_ACK))
+    lone.at(lone.now + 2)
+    assert len(asked(lone)) == 2
+    lone.meta(pack_state_reply(1, 0, False))
+    lone.settle()
+    assert lone.answered(ticket) == "done"
