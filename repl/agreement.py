@@ -52,7 +52,7 @@ class Agreement:
     def connection_lost(self) -> None:
         pending, self._pending = self._pending, {}
         for then in pending.values():
-            then(LOST)
+            self.e.stories.append(lambda _, then=then: then(LOST))  # type: ignore[misc]
 
     def requested(self, vol: Volume | None, mask: int, val: int) -> None:
         """P_STATE_CHG_REQ (a volume's) or P_CONN_ST_CHG_REQ (*vol* None) from the peer."""

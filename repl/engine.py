@@ -94,6 +94,7 @@ class Engine:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, Callable[[Any], None]]] = []
         self._next_change: list[Callable[[Any], None]] = []
+        self.stories: list[Callable[[Any], None]] = []  # to go on once the event at hand has run its course
         self._quiet: list[tuple[Volume, Callable[[], None], bool]] = []
         self._connect_at: float | None = None
         self.log = TransferLog(self)
@@ -176,6 +177,8 @@ class Engine:
 
     def take(self) -> Outbox:
         """Everything to be done since the last call."""
+        while self.stories:
+            self.stories.pop(0)(None)
         if self._quiet:
             self._check_quiet()
         out = self.out
@@ -315,7 +318,7 @@ class Engine:
         self._timers.append((self.now + seconds, then))
 
     def next_change(self, resume: Callable[[Any], None]) -> None:
-        """Resume after the next state change."""
+        """Resume after the next state change, and whatever else that comes with: a connection ends in many steps."""
         self._next_change.append(resume)
 
     def when_quiet(self, vol: Volume, then: Callable[[], None], *, answered: bool = False) -> None:
@@ -412,10 +415,8 @@ class Engine:
         self.note(vol, describe_change(old, new), why=why)
         self.out.effects.append(StateChanged())
         aftermath.follow(self, vol, old, new, tell_peer=not quiet)
-        if self._next_change:
-            waiting, self._next_change = self._next_change, []
-            for resume in waiting:
-                resume(None)
+        self.stories += self._next_change
+        self._next_change = []
 
     def change_conn(self, conn: ConnState, why: str = "", outdate: str = "") -> None:
         """Change the connection's state in all volumes, as a fact; *outdate* as in `drop`."""
@@ -568,10 +569,6 @@ class Engine:
         self.tentative = False
         self.disks.handshake_settled()
         self.fencing.all_connected()
-
-    def forget_peer_writes(self) -> None:
-        """What the lost peer had not confirmed is out of sync from now on."""
-        self.log.connection_lost()
 
     # ------------------------------------------------------------------------------ configuration
 

@@ -160,7 +160,7 @@ class FencingRoom:
         frozen = [v for v in self.e.volumes.values() if v.state.susp_fen]
         if not frozen:
             return
-        self.e.forget_peer_writes()
+        self.e.log.connection_lost()
         self.e.make_pending_generations()
         for vol in frozen:
             self.e.change(vol, replace(vol.state, susp_fen=False), hard=True, why="peer fenced")
@@ -169,7 +169,7 @@ class FencingRoom:
         """The administrator takes responsibility: thaw, with the new generation that is due."""
         volumes = [v for v in self.e.volumes.values() if v.state.suspended]
         if not self.e.connected:
-            self.e.forget_peer_writes()
+            self.e.log.connection_lost()
         self.e.make_pending_generations()
         for vol in volumes:
             self.e.change(
@@ -186,7 +186,7 @@ class FencingRoom:
                 vol.new_current_pending = False
             self.e.log.replay()
         else:  # it came back without its disk, so perhaps without its memory: its next attach is a resync
-            self.e.forget_peer_writes()
+            self.e.log.connection_lost()
             self.e.make_pending_generations()
         for vol in frozen:
             self.e.change(
@@ -200,7 +200,7 @@ class FencingRoom:
         spoken: in between the peer calls itself UpToDate and lacks what we would answer. It lives, so it is not
         fenced for this, unless it stays away for longer than two attempts to connect take.
         """
-        self.e.forget_peer_writes()
+        self.e.log.connection_lost()
         self.e.make_pending_generations()
         self._parting = True
         self.e.drop(ConnState.PROTOCOL_ERROR, "the peer was restarted while our I/O was frozen")

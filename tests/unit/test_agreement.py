@@ -284,3 +284,23 @@ def test_a_peer_that_stays_in_the_middle_of_a_change_is_asked_again() -> None:
     lone.meta(pack_state_reply(1, 0, False))
     lone.settle()
     assert lone.answered(ticket) == "done"
+
+
+# ------------------------------------------------------------------------------------------ both at once
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_both_disconnect_and_every_volume_of_the_outdated_one_is(answered: bool) -> None:
+    """Our own command waits; it goes on when the whole connection has ended, not between two volumes."""
+    lone = Lone(n_volumes=2, disk={"fencing": Fencing.RESOURCE_ONLY}, handlers=("fence-peer",))
+    lone.attach()
+    lone.connect(replace(PEER_SECONDARY, role=Role.PRIMARY))
+    ticket = lone.command("disconnect")
+    assert lone.answered(ticket) is None
+    if answered:
+        lone.meta(pack_state_reply(-19, 0, True))
+    lone.data(DISCONNECT_OUTDATES_US)
+    assert [v.state.disk for v in lone.engine.volumes.values()] == [DiskState.OUTDATED] * 2
+    lone.settle()
+    lone.at(lone.now + 5)
+    assert lone.answered(ticket) == "done" and lone.engine.cstate == ConnState.STAND_ALONE
