@@ -85,6 +85,10 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
                     e.peer.send_uuids(vol)
     if old.disk == old.pdsk == D.INCONSISTENT and old.peer != Role.PRIMARY == new.peer:
         vol.consider_resync = True
+    if new.role != Role.PRIMARY or new.disk == D.UP_TO_DATE:
+        vol.outrun = False
+    elif new.disk < D.NEGOTIATING and new.connected and new.pdsk == D.UP_TO_DATE:
+        vol.outrun = True
     if new.disk == D.UP_TO_DATE and not vol.completion_gates:
         vol.exposed = vol.uuids.current & ~1
 
@@ -164,6 +168,8 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
     if old.conn == new.conn:
         return
     resync = e.resync
+    if new.conn != C.WF_SYNC_UUID:
+        vol.untouched = new.conn == C.STARTING_SYNC_T and old.disk == D.UP_TO_DATE
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and (vol.target or vol.source):
         resync.aborted(vol)
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and vol.verify:

@@ -100,7 +100,8 @@ class Commands:
                     return -10
             result = self.e.change(vol, replace(vol.state, **wish))
             if isinstance(result, Refusal):
-                if needs_agreement(old, new) and "conn" in wish:  # the peer has begun what we cannot any more
+                # The peer has begun what we cannot any more; that our disk is gone it has heard, and ends it.
+                if needs_agreement(old, new) and "conn" in wish and vol.attached:
                     self.e.drop(ConnState.PROTOCOL_ERROR, "the peer agreed to a resync that cannot begin here now")
                     return result.code
                 if result.code == -18:

@@ -83,7 +83,7 @@ class Disks:
             self._deferred[vol.number] = event
             return
         sb, s = event.disk.superblock, vol.state
-        if s.role == Role.PRIMARY and not s.connected and vol.exposed and vol.exposed != sb.current & ~1:
+        if s.role == Role.PRIMARY and not s.connected and not vol.exposes(sb.current):
             self.e.change(vol, replace(s, disk=DiskState.DISKLESS), hard=True)
             self.e.out.effects.append(ReleaseDisk(vol.number))
             self._answer(vol, Refusal(150, "Can only attach to the data we lost last (see kernel log)."))

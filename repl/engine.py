@@ -382,7 +382,7 @@ class Engine:
             ),
             found_disk=vol.found_disk,
             found_pdsk=vol.found_pdsk,
-            exposed_is_attached=not vol.exposed or vol.exposed == vol.uuids.current & ~1,
+            exposed_is_attached=vol.exposes(vol.uuids.current),
             suspend_on_no_data=self.config.options.on_no_data_accessible == "suspend-io",
             handshake_in_progress=self.link.stage is Stage.OPEN
             and any(v.state.conn < ConnState.CONNECTED for v in self.volumes.values()),

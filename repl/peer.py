@@ -363,8 +363,14 @@ class Peer:
         # A peer without a disk answers once it has heard of ours: a diskless Primary may refuse our generation.
         unheard = max(ps.disk, ps.pdsk) < DiskState.NEGOTIATING
         attached = old.disk == DiskState.NEGOTIATING and settled and not unheard
+        if attached and old.role == Role.PRIMARY and ps.disk < DiskState.NEGOTIATING and not vol.exposes(vol.uuids.current):
+            e.disks.attach_refused(vol, "the peer, which has newer data, lost its disk")
+            old = vol.state
+            new, attached = replace(new, disk=old.disk), False
         if attached and vol.found_disk is not None:
             new = replace(new, disk=vol.found_disk)
+        if vol.untouched and ps.disk < DiskState.NEGOTIATING and ps.pdsk == DiskState.UP_TO_DATE:
+            new = replace(new, disk=DiskState.UP_TO_DATE)  # the source lost its disk first, and goes on with ours
         connecting = old.conn < ConnState.CONNECTED
         kept = vol.new_current_pending or e.log.kept
         rebooted = conn == ConnState.CONNECTED and kept and (

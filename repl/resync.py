@@ -120,6 +120,7 @@ class Resync:
             return
         if conn not in (ConnState.WF_SYNC_UUID, ConnState.BEHIND):
             raise PeerProtocolError(f"sync UUID in state {conn}")
+        vol.untouched = False
         primary = vol.state.role == Role.PRIMARY
         vol.uuids = vol.uuids.become_target(sync_uuid, primary)
         if vol.target is None:

@@ -58,6 +58,8 @@ class Volume:
         self.last_flags = MdFlag(0)  # the flags word as last put into the superblock
         self.conn_serial = 0  # counts changes of state.conn: what waited in one state must not go on in its next visit
         self.target_done = False  # the target said so while bits of ours were still set
+        self.outrun = False  # a Primary without a disk: the peer has taken writes that our disk does not have
+        self.untouched = False  # asked to become a sync target while UpToDate: nothing has been taken away yet
         self.leaving = False  # this node disconnects as the one that is Outdated from then on
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.unproven: DiskState | None = None  # our disk's state while a diskless Primary has not yet taken us
@@ -185,6 +187,14 @@ class Volume:
         what it was, so it has to be fenced like any other peer.
         """
         return self.source is not None and not self.source.asked
+
+    def exposes(self, current: int) -> bool:
+        """May data of the generation *current* be what applications here saw last?
+
+        DRBD goes by the generation alone. But what the peer wrote for a Primary without a disk counts as soon as
+        it was answered, whether or not the peer's word of a new generation has arrived.
+        """
+        return not self.outrun and self.exposed in (0, current & ~1)
 
     @property
     def n_bits(self) -> int:

@@ -9,13 +9,14 @@ import pytest
 from tandem.repl.attach import LoadedDisk
 from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
-from tandem.repl.events import Attach, Attached, ReleaseDisk, RunHandler
+from tandem.repl.events import Attach, Attached, LinkLost, ReleaseDisk, RunHandler
 from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
 from tandem.repl.requests import META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, Uuids, pack_data, pack_state
+from tandem.repl.wire import Packet, Uuids, pack_data, pack_state, pack_state_change, pack_state_reply
 
 from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
+from tests.scenarios.pair import GENERATIONS
 
 P, D, C = Packet, DiskState, ConnState
 OUTDATED = MdFlag.CONSISTENT | MdFlag.AL_CLEAN
@@ -307,3 +308,58 @@ def test_a_clean_detach_of_a_secondary_writes_the_bitmap_first() -> None:
     lone.vol.bitmap.set(0, 9)
     assert lone.run("detach") == "done"
     assert lone.local_disk() == D.DISKLESS and lone.vol.bm_writes == 1
+
+
+def without_disk(lone: Lone) -> Lone:
+    """A Primary whose disk fails while the peer goes on."""
+    lone.ready().submit(Op.WRITE)
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS and lone.conn() == C.CONNECTED
+    return lone
+
+
+def test_the_disk_of_a_primary_is_not_taken_back_after_the_peer_went_on() -> None:
+    """Also when the link went before the peer's new generation was heard of."""
+    lone = without_disk(Lone())
+    lone.handle(LinkLost(lone.engine.link.ticket, "reset"))
+    ticket, _ = found(lone)
+    answer = lone.answered(ticket)
+    assert isinstance(answer, Refusal) and answer.code == 150 and lone.local_disk() == D.DISKLESS
+
+
+def test_the_disk_of_a_primary_is_not_taken_back_when_the_peer_that_went_on_loses_its_own() -> None:
+    lone = without_disk(Lone())
+    found(lone)
+    lone.settle()
+    assert lone.local_disk() == D.NEGOTIATING
+    gone = replace(PEER_SECONDARY, conn=C.CONNECTED, peer=Role.PRIMARY, disk=D.FAILED, pdsk=D.UP_TO_DATE)
+    lone.data(Uuids(*GENERATIONS, 0, 0).pack(0), pack_state(gone.word(), 0))
+    lone.settle()
+    assert (lone.local_disk(), lone.state.pdsk) == (D.DISKLESS, D.FAILED)
+
+
+@pytest.mark.parametrize(("theirs", "disk"), [(D.UP_TO_DATE, D.UP_TO_DATE), (D.OUTDATED, D.OUTDATED)])
+def test_a_disk_that_was_to_be_overwritten_is_good_again_when_the_source_loses_its_own(
+    theirs: DiskState, disk: DiskState
+) -> None:
+    """Unless the source has gone on without it. Its writes since are here, and perhaps here only."""
+    lone = Lone().as_secondary()
+    lone.data(pack_state_change(0x1F0, C.STARTING_SYNC_S << 4, 0, False))
+    assert (lone.conn(), lone.local_disk()) == (C.STARTING_SYNC_T, D.OUTDATED)
+    before = lone.vol.uuids.current
+    gone = replace(PEER_SECONDARY, role=Role.PRIMARY, conn=C.CONNECTED, disk=D.FAILED, pdsk=theirs)
+    lone.data(pack_state(gone.word(), 0))
+    assert (lone.conn(), lone.local_disk()) == (C.CONNECTED, disk)
+    assert (lone.vol.uuids.current != before) == (disk == D.UP_TO_DATE), "what is written now is newer than the peer's"
+
+
+def test_who_lost_its_disk_while_it_asked_for_a_resync_keeps_the_connection() -> None:
+    lone = Lone().ready()
+    ticket = lone.command("invalidate-remote")
+    lone.submit(Op.WRITE)
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    lone.meta(pack_state_reply(1, 0, False))
+    answer = lone.answered(ticket)
+    assert isinstance(answer, Refusal) and answer.code == -4 and lone.conn() == C.CONNECTED
