@@ -363,7 +363,8 @@ class Peer:
         # A peer without a disk answers once it has heard of ours: a diskless Primary may refuse our generation.
         unheard = max(ps.disk, ps.pdsk) < DiskState.NEGOTIATING
         attached = old.disk == DiskState.NEGOTIATING and settled and not unheard
-        if attached and old.role == Role.PRIMARY and ps.disk < DiskState.NEGOTIATING and not vol.exposes(vol.uuids.current):
+        undecided = attached and ps.disk < DiskState.NEGOTIATING
+        if undecided and old.role == Role.PRIMARY and not vol.exposes(vol.uuids.current):
             e.disks.attach_refused(vol, "the peer, which has newer data, lost its disk")
             old = vol.state
             new, attached = replace(new, disk=old.disk), False
