@@ -36,6 +36,8 @@ class Commands:
 
     def __init__(self, engine: Engine) -> None:
         self.e = engine
+        self._n_promotions = 0  # how often somebody wanted this node to be Primary
+        self._leaving = False  # auto-promoted, and on its way back because the last client went
         self._stories: dict[str, Callable[[Command], Story]] = {
             "attach": self._attach, "detach": self._detach, "connect": self._connect,
             "disconnect": self._disconnect, "primary": self._primary, "secondary": self._secondary,
@@ -274,10 +276,12 @@ class Commands:
 
     def _primary(self, command: Command) -> Story:
         auto = bool(command.args.get("auto"))
+        self._n_promotions += 1
         if not auto:
             self.e.auto_promoted = False  # from now on until somebody says secondary
-        elif all(v.state.role == Role.SECONDARY for v in self.e.volumes.values()):
+        elif self._leaving or all(v.state.role == Role.SECONDARY for v in self.e.volumes.values()):
             self.e.auto_promoted = True
+        self._leaving = False
         for vol in self._volumes(command):
             refused = yield from self._promote(vol, bool(command.args.get("force")))
             if refused:
@@ -287,7 +291,7 @@ class Commands:
     def clients_changed(self) -> None:
         """Clients have opened or left volumes: an auto-promoted node is demoted behind the last one."""
         if self.e.auto_promoted and not any(v.open_count for v in self.e.volumes.values()):
-            self.e.auto_promoted = False
+            self.e.auto_promoted, self._leaving = False, True
             self.run(Command(NOBODY, "secondary"))
 
     def _promote(self, vol: Volume, force: bool) -> Story:
@@ -350,9 +354,12 @@ class Commands:
             self.e.peer.send_state(vol)
 
     def _secondary(self, command: Command) -> Story:
+        since = self._n_promotions
         for vol in self._volumes(command):
             if vol.state.role == Role.SECONDARY:
                 continue
+            if since != self._n_promotions:  # wanted as a Primary again: what is left must not be demoted behind that
+                return refusal(-19)
             checked = change(vol.state, replace(vol.state, role=Role.SECONDARY), self.e.facts(vol))
             if isinstance(checked, Refusal) and checked.code != -18:
                 return refusal(checked.code)
@@ -361,6 +368,8 @@ class Commands:
             # Only a Primary makes a new generation when it loses its peer, so the peer must hold everything
             # stably (or be lost) before this node stops being one.
             yield self.e.log.when_empty
+            if since != self._n_promotions:
+                return refusal(-19)
             code = yield from self._ask(vol, role=Role.SECONDARY)
             if code < SUCCESS:
                 return refusal(code)

@@ -537,3 +537,48 @@ def test_a_demotion_waits_for_what_ended_sessions_left_under_way() -> None:
     lone.meta(pack_barrier_ack(unpack_barrier(lone.payloads(P.BARRIER)[-1]), 1))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_demotion_does_not_go_on_behind_a_promotion(auto: bool) -> None:
+    """Whether it still has a volume before it, or waits for the peer to confirm the last writes."""
+    lone = Lone(n_volumes=2)
+    lone.attach()
+    lone.primary()
+    demotion = lone.command("secondary")
+    assert [v.state.role for v in lone.engine.volumes.values()] == [Role.SECONDARY, Role.PRIMARY]
+    promotion = lone.command("primary", auto=auto)
+    lone.settle()
+    assert lone.answered(promotion) == "done"
+    assert [v.state.role for v in lone.engine.volumes.values()] == [Role.PRIMARY, Role.PRIMARY]
+    answer = lone.answered(demotion)
+    assert isinstance(answer, Refusal) and answer.code == -19
+
+
+def test_a_demotion_that_waits_gives_way_to_a_promotion() -> None:
+    lone = Lone().ready()
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(lone.ack(r))
+    demotion = lone.command("secondary")
+    assert lone.answered(demotion) is None, "the peer has to confirm the write as stable"
+    assert lone.answered(lone.command("primary")) == "done"
+    lone.handle(LinkLost(lone.engine.link.ticket, "reset"))
+    lone.settle()
+    answer = lone.answered(demotion)
+    assert isinstance(answer, Refusal) and answer.code == -19 and lone.state.role == Role.PRIMARY
+
+
+def test_a_client_that_comes_while_the_last_one_leaves_keeps_the_node_auto_promoted() -> None:
+    lone = Lone(n_volumes=2)
+    lone.attach()
+    lone.run("primary", auto=True)
+    lone.handle(Opened(0, 1))
+    lone.handle(Opened(0, 0))
+    lone.command("primary", auto=True)
+    lone.settle()
+    assert [v.state.role for v in lone.engine.volumes.values()] == [Role.PRIMARY, Role.PRIMARY]
+    lone.handle(Opened(1, 1))
+    lone.handle(Opened(1, 0))
+    lone.settle()
+    assert [v.state.role for v in lone.engine.volumes.values()] == [Role.SECONDARY, Role.SECONDARY]
