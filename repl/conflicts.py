@@ -3,8 +3,8 @@
 Both nodes must end with the same bytes, and neither can see what the other has under way. So one of them
 decides, the resolver (the node that accepted the meta socket). A write of the peer that meets one of its own
 which the peer has not answered yet is not written there: the resolver's own counts as the later one. If that
-covers the whole of it, P_SUPERSEDED lets the peer answer its client; else, and for FUA writes, P_RETRY_WRITE
-makes the peer send it again as a new write, once the resolver's has arrived. The other node waits for that
+covers the whole of it, P_SUPERSEDED lets the peer answer its client, as soon as it is on the resolver's disk;
+else, and for FUA writes, P_RETRY_WRITE makes the peer send it again as a new write, once the resolver's has arrived. The other node waits for that
 word, finishes the write on its own disk, and only then writes what the resolver sent.
 
 That works because of three things kept here: our writes wait for those of the peer that are not finished;
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from .errors import PeerProtocolError
 from .intervals import Range
-from .requests import FUA, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
+from .requests import FUA, LOCAL, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
 from .states import ConnState
 from .volume import HALF, Volume
 from .wire import Packet
@@ -115,7 +115,7 @@ class Conflicts:
         if self.e.link.resolver:
             unanswered = [r for r in ours if r.waiting & PEER]
             if unanswered:
-                self._refuse(vol, w, unanswered)
+                self._outdone(vol, w, unanswered)
                 return False
         in_the_way = next((r for r in ours if r.waiting), None)
         if in_the_way is None:
@@ -129,10 +129,19 @@ class Conflicts:
         if vol is not None:
             self.e.replica.begin(vol, w)
 
-    def _refuse(self, vol: Volume, w: PeerWrite, ours: list[Request]) -> None:
+    def _outdone(self, vol: Volume, w: PeerWrite, ours: list[Request]) -> None:
+        """The peer's write lost to *ours*: say so, once that is true of our disk, too."""
         covered = any(r.offset <= w.offset and w.offset + w.length <= r.offset + r.length for r in ours)
-        if w.flags & FUA:
-            covered = False  # its client is told that it is stable, and ours may be in the disk's cache: once more
+        if not covered or w.flags & FUA:  # FUA: its client is told that it is stable, and ours may be in a cache
+            self._refuse(vol, w, ours, Packet.RETRY_WRITE)
+        elif any(r.waiting & LOCAL for r in ours):
+            # Its client is told that it is written, and what it flushes then must be ours already.
+            self._waiting[w] = vol
+            self.e.when(lambda: not any(r.waiting & LOCAL for r in ours), lambda: self._again(w))
+        else:
+            self._refuse(vol, w, ours, Packet.SUPERSEDED)
+
+    def _refuse(self, vol: Volume, w: PeerWrite, ours: list[Request], cmd: Packet) -> None:
         if not self._told:
             self._told = True
             what = f"local {ours[0].offset >> 9}s +{ours[0].length}, remote {w.sector}s +{w.length}"
@@ -143,7 +152,7 @@ class Conflicts:
         epoch.held += len(ours)
         for r in ours:
             vol.intervals.wait(r, lambda: self._release(epoch))
-        self.e.replica.refuse(vol, w, Packet.SUPERSEDED if covered else Packet.RETRY_WRITE)
+        self.e.replica.refuse(vol, w, cmd)
 
     def _release(self, epoch: PeerEpoch) -> None:
         epoch.held -= 1

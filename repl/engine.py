@@ -95,7 +95,7 @@ class Engine:
         self._timers: list[tuple[float, Callable[[Any], None]]] = []
         self._next_change: list[Callable[[Any], None]] = []
         self.stories: list[Callable[[Any], None]] = []  # to go on once the event at hand has run its course
-        self._quiet: list[tuple[Volume, Callable[[], None], bool]] = []
+        self._awaited: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._connect_at: float | None = None
         self.log = TransferLog(self)
         self.flushes = Flushes(self)
@@ -172,15 +172,15 @@ class Engine:
         for vol in self.volumes.values():
             if vol.state.disk == DiskState.FAILED:
                 self.disks.local_idle(vol)
-        if self._quiet:
-            self._check_quiet()
+        if self._awaited:
+            self._look()
 
     def take(self) -> Outbox:
         """Everything to be done since the last call."""
         while self.stories:
             self.stories.pop(0)(None)
-        if self._quiet:
-            self._check_quiet()
+        if self._awaited:
+            self._look()
         out = self.out
         if not out:
             return NOTHING
@@ -191,9 +191,6 @@ class Engine:
     def congested(self) -> bool:
         """Front ends should stop reading."""
         return self.mirror.congested
-
-    def out_disk(self, op: DiskOp) -> None:
-        self.out.disk.append(op)
 
     def send_ack(self, cmd: int, vol: Volume, sector: int, block_id: int, size: int) -> None:
         """One ack packet on the meta socket."""
@@ -323,15 +320,22 @@ class Engine:
 
     def when_quiet(self, vol: Volume, then: Callable[[], None], *, answered: bool = False) -> None:
         """Call once no application request (*answered*: nor a held one) and no metadata write of *vol* is in flight."""
-        self._quiet.append((vol, then, answered))
 
-    def _check_quiet(self) -> None:
-        for entry in tuple(self._quiet):
-            vol, then, answered = entry
+        def quiet() -> bool:
             held = 0 if answered else len(vol.held)
-            if vol.n_app == held and (vol.meta is None or vol.meta.idle):
-                self._quiet.remove(entry)
-                then()
+            return vol.n_app == held and (vol.meta is None or vol.meta.idle)
+
+        self.when(quiet, then)
+
+    def when(self, ready: Callable[[], bool], then: Callable[[], None]) -> None:
+        """Call once it is *ready*, which is asked after each batch of completions: for what is rare and soon over."""
+        self._awaited.append((ready, then))
+
+    def _look(self) -> None:
+        for entry in tuple(self._awaited):
+            if entry[0]():
+                self._awaited.remove(entry)
+                entry[1]()
 
     def write_superblock(self, vol: Volume, then: Callable[[bool], None] | None) -> None:
         """Make the present superblock durable; without a disk there is nothing to do."""

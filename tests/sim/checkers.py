@@ -349,7 +349,7 @@ class Checks:
         reached = there or peer.index in write.reached  # a power cut may have taken it since
         if not here and not reached and self.w.mix.protocol == "C":
             self.fail("1 answers", f"{write!r} was answered, it is on no disk: {state}")
-        marked = reached or superseded(peer, write)
+        marked = reached or (superseded(peer, write) and (there or not peer.connected))
         if not marked and (self.w.mix.protocol == "C" or not state.connected):
             self._check_marked(node, write, here)
         # Without waiting for the peer's disk, an answer may be given just before the connection ends in this step.

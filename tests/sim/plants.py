@@ -404,13 +404,28 @@ def _leaves_up_to_date(mp: Patch) -> None:
 
 def _superseded_fua(mp: Patch) -> None:
     """A FUA write that lost to the other Primary's ordinary write is answered like any other."""
-    original = Conflicts._refuse
+    original = Conflicts._outdone
 
-    def refuse(self: Any, vol: Any, w: Any, ours: Any) -> None:
+    def outdone(self: Any, vol: Any, w: Any, ours: Any) -> None:
         w.flags &= ~FUA
         original(self, vol, w, ours)
 
-    mp.setattr(Conflicts, "_refuse", refuse)
+    mp.setattr(Conflicts, "_outdone", outdone)
+
+
+def _superseded_early(mp: Patch) -> None:
+    """A write that lost is answered while what stands in its place is on the way to the disk."""
+    original = Conflicts._outdone
+
+    def outdone(self: Any, vol: Any, w: Any, ours: Any) -> None:
+        waiting = [r.waiting for r in ours]
+        for r in ours:
+            r.waiting &= ~LOCAL
+        original(self, vol, w, ours)
+        for r, legs in zip(ours, waiting, strict=True):
+            r.waiting = legs
+
+    mp.setattr(Conflicts, "_outdone", outdone)
 
 
 def _demotion_at_once(mp: Patch) -> None:
@@ -531,6 +546,7 @@ PLANTS = (
     Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, _splits_brains),
     Plant("leaves UpToDate", "who leaves as the Outdated one stays UpToDate", _leaves_up_to_date, _leaves_often),
     Plant("FUA superseded", "a FUA write that lost is answered at once", _superseded_fua, _fua_at_once),
+    Plant("superseded early", "a write that lost is answered too soon", _superseded_early, _two_write_at_once),
     Plant("demotion at once", "requests outlive the role", _demotion_at_once, _ends_sessions),
     Plant("needless generation", "a Secondary begins one", _secondary_begins_a_generation, _careful_without_fencing),
     Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, _two_write_at_once),

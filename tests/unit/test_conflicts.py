@@ -83,6 +83,28 @@ def test_the_resolver_refuses_what_meets_an_unanswered_write(sector: int, n_sect
     assert acks(lone) == [answer] and on_disk(lone) == []
 
 
+def test_superseded_is_said_when_what_stands_there_instead_is_on_our_disk() -> None:
+    """The peer's client is told that its write is done, and may flush: that must find ours behind the flush."""
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    for op in [op for op in lone.disk if op is not r]:
+        lone.answer(op)
+    lone.data(theirs(0, 8, 1), theirs(80, 8, 2))
+    assert acks(lone) == [] and on_disk(lone) == [(0, 8), (80, 8)] and r in lone.disk
+    lone.answer(r)
+    assert acks(lone) == ["SUPERSEDED"] and lone.done == []
+
+
+def test_a_disk_that_failed_our_write_supersedes_nothing() -> None:
+    lone = dual(resolver=True)
+    r = lone.submit(Op.WRITE)
+    for op in [op for op in lone.disk if op is not r]:
+        lone.answer(op)
+    lone.data(theirs(0, 8, 1))
+    lone.answer(r, error=5)
+    assert acks(lone) == ["NEG_ACK"]
+
+
 def test_a_fua_write_is_sent_again_where_ours_may_not_be_stable() -> None:
     lone = dual(resolver=True)
     lone.submit(Op.WRITE)
