@@ -4,8 +4,9 @@ Both nodes must end with the same bytes, and neither can see what the other has 
 decides, the resolver (the node that accepted the meta socket). A write of the peer that meets one of its own
 which the peer has not answered yet is not written there: the resolver's own counts as the later one. If that
 covers the whole of it, P_SUPERSEDED lets the peer answer its client, as soon as it is on the resolver's disk;
-else, and for FUA writes, P_RETRY_WRITE makes the peer send it again as a new write, once the resolver's has arrived. The other node waits for that
-word, finishes the write on its own disk, and only then writes what the resolver sent.
+else, and for FUA writes, P_RETRY_WRITE makes the peer send it again as a new write, once the resolver's has
+arrived. The other node waits for that word, finishes the write on its own disk, and only then writes what the
+resolver sent.
 
 That works because of three things kept here: our writes wait for those of the peer that are not finished;
 the resolver looks at a write only when it has seen every ack the peer sent before it (the sequence number);

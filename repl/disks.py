@@ -130,7 +130,9 @@ class Disks:
         vol.data_size = disk.data_size
         vol.sparse = event.sparse
         vol.usable = disk.layout.usable & ~(SECTOR - 1)
-        vol.meta = MetaWriter(vol, lambda op: self.e.out.disk.append(op), lambda error: self.failed(vol, error, write=True, meta=True))
+        vol.meta = MetaWriter(
+            vol, lambda op: self.e.out.disk.append(op), lambda error: self.failed(vol, error, write=True, meta=True)
+        )
         if disk.marked:
             self.e.note(vol, f"Marked additional {disk.marked * 4} KB as out-of-sync based on AL.")
         if disk.corrupt:

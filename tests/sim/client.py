@@ -219,9 +219,9 @@ class Ledger:
             )
         return write
 
-    def holds(self, write: Write, read: Reader) -> bool:
-        """Does a disk hold *write*, or in its place something that did not end before it began?"""
-        for s in write.sectors:
+    def holds(self, write: Write, read: Reader, sectors: Iterable[int] | None = None) -> bool:
+        """Does a disk hold *write* (in these *sectors*), or in its place something that did not end before it began?"""
+        for s in write.sectors if sectors is None else sectors:
             content = read(s)
             if content == ZERO_SECTOR:
                 if not self._zero_fits(s, write):
