@@ -310,6 +310,8 @@ class Commands:
             if code == -2 and force and DiskState.INCONSISTENT <= disk < DiskState.UP_TO_DATE and "disk" not in extra:
                 extra["disk"] = DiskState.UP_TO_DATE
                 forced = True
+            elif code == -2 and disk == DiskState.CONSISTENT and vol.state.connected:
+                yield self._in_a_moment  # the peer is attaching, and its data may be newer
             elif code == -2 and disk == DiskState.CONSISTENT and "disk" not in extra:
                 if not (yield self.e.fencing.fence):
                     break

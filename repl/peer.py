@@ -342,6 +342,9 @@ class Peer:
             e.disks.attach_refused(vol, decision.abort)
             return (ConnState.CONNECTED, ps.disk) if vol.state.connected else None
         if ps.disk == DiskState.NEGOTIATING:
+            beaten = decision.yields and abs(decision.value) <= 2  # a Primary's, so it stays as it is
+            if beaten and vol.state.disk == DiskState.CONSISTENT:
+                e.change(vol, replace(vol.state, disk=DiskState.OUTDATED), hard=True, why="the peer has newer data")
             # The attaching node waits for a state that has heard of its disk, and decides as we did.
             e.out.data.append(pack_state(replace(vol.state, pdsk=ps.disk).word(), vol.number))
             return ConnState.CONNECTED, DiskState.DISKLESS

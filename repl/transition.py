@@ -214,7 +214,10 @@ def sanitize(old: State, new: State, facts: Facts) -> State:
         aborted = old.conn > C.CONNECTED
         alone = s.conn is C.CONNECTED  # in all other states the limits say what the disks are
         disk, pdsk = (s.disk, s.pdsk) if alone else (D.UP_TO_DATE, D.UP_TO_DATE)
-        s = replace(s, disk=_settled(s.disk, pdsk, aborted), pdsk=_settled(s.pdsk, disk, aborted))
+        ours = _settled(s.disk, pdsk, aborted)
+        if s.disk is D.CONSISTENT and pdsk is D.ATTACHING:  # its data may turn out newer: we shall know in a moment
+            ours = D.CONSISTENT
+        s = replace(s, disk=ours, pdsk=_settled(s.pdsk, disk, aborted))
     s = _clamp(s)
     stonith = _policy(old, facts) is Fencing.RESOURCE_AND_STONITH
     if stonith and _would_fence(s) and not _would_fence(old):

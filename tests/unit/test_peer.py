@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tandem.repl.config import Fencing
+from tandem.repl.errors import Refusal
 from tandem.repl.events import SizeChanged
 from tandem.repl.peer import new_size
 from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role, State
-from tandem.repl.wire import Packet, Sizes, Uuids, pack_block_req, pack_state, unpack_u32
+from tandem.repl.wire import Packet, QueueLimits, Sizes, Uuids, pack_block_req, pack_state, unpack_u32
 
 from tests.scenarios.lone import PEER_SECONDARY, Lone
 from tests.scenarios.pair import GENERATIONS
@@ -279,3 +281,66 @@ def test_a_read_for_a_connection_that_is_gone_is_not_sent() -> None:
     lone.engine.drop(C.NETWORK_FAILURE, "a test")
     lone.settle()
     assert lone.sent(P.DATA_REPLY, P.NEG_DREPLY) == []
+
+
+# ----------------------------------------------------------------------------- a peer that is attaching
+
+ATTACHING = replace(PEER_SECONDARY, disk=D.ATTACHING)
+NEWER = (0x30, GENERATIONS[0], *GENERATIONS[2:])
+
+
+def beside_an_attaching_peer(*, primary: bool = False) -> Lone:
+    """A node that does not know whether its data is the newest meets a peer that is about to tell."""
+    lone = Lone(disk={"fencing": Fencing.RESOURCE_ONLY}, options={"on_no_data_accessible": "suspend-io"})
+    if primary:
+        lone.ready()
+        lone.engine.drop(C.NETWORK_FAILURE, "a test")
+        lone.settle()
+        lone.run("detach", force=True)
+    u = lone.vol.uuids
+    lone.attach(generations=(u.current, u.bitmap, u.history0, u.history1) if primary else GENERATIONS)
+    assert lone.local_disk() == D.CONSISTENT
+    lone.connect(ATTACHING)
+    lone.forget()
+    assert (lone.conn(), lone.local_disk()) == (C.CONNECTED, D.CONSISTENT)
+    return lone
+
+
+def attached(lone: Lone, uuids: tuple[int, int, int, int]) -> None:
+    size = sizes_with_limits(lone)
+    lone.data(size, Uuids(*uuids, 0, 0).pack(0), state_of(lone, disk=D.NEGOTIATING))
+    lone.settle()
+
+
+def sizes_with_limits(lone: Lone) -> bytes:
+    limits = QueueLimits(4096, 512, 0, 4096, 0, 1)
+    return Sizes(lone.vol.size // 512, 0, lone.vol.size // 512, MIB, 0, 0, limits).pack(0)
+
+
+def test_who_may_be_behind_is_not_up_to_date_before_the_peer_has_attached() -> None:
+    lone = beside_an_attaching_peer()
+    ticket = lone.command("primary")
+    assert lone.answered(ticket) is None
+    attached(lone, NEWER)
+    assert (lone.conn(), lone.local_disk()) == (C.WF_BITMAP_T, D.OUTDATED)
+    lone.at(lone.now + 20)
+    answer = lone.answered(ticket)
+    assert isinstance(answer, Refusal)
+
+
+def test_who_may_be_behind_is_up_to_date_once_the_peer_has_the_same() -> None:
+    lone = beside_an_attaching_peer()
+    attached(lone, GENERATIONS)
+    assert (lone.conn(), lone.local_disk()) == (C.CONNECTED, D.UP_TO_DATE)
+
+
+def test_who_may_be_behind_is_up_to_date_next_to_a_peer_that_could_not_attach() -> None:
+    lone = beside_an_attaching_peer()
+    lone.data(state_of(lone, disk=D.DISKLESS))
+    assert (lone.conn(), lone.local_disk()) == (C.CONNECTED, D.UP_TO_DATE)
+
+
+def test_a_primary_that_is_found_to_be_behind_writes_no_more() -> None:
+    lone = beside_an_attaching_peer(primary=True)
+    attached(lone, (0x50, lone.vol.uuids.current, *GENERATIONS[2:]))
+    assert (lone.conn(), lone.local_disk(), lone.state.pdsk) == (C.CONNECTED, D.OUTDATED, D.DISKLESS)
