@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -73,6 +74,46 @@ def test_an_agent_that_says_done_while_the_machine_runs_is_not_believed(director
     path = directory / "fence.conf"
     path.write_text(f"[bob]\nagent = {liar}\nattempts = 1\n")
     assert run("tandem-fence-peer", "-f", str(path)).returncode == R.BROKEN
+
+
+@pytest.mark.parametrize("text", [
+    "exec python3 /nonexistent/fence_x.py",
+    "exec python3 -c 'import argparse as a; p = a.ArgumentParser(); p.add_argument(\"-o\", required=True); "
+    "p.parse_args()'",
+    "if",
+])  # fmt: skip
+def test_an_agent_that_could_not_even_begin_is_not_taken_for_a_machine_that_is_off(directory: Path, text: str) -> None:
+    """All of these end with 2, the code for off, whatever they are asked."""
+    agent = script(directory / "fence_broken", text)
+    assert subprocess.run([agent], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 2
+    path = directory / "fence.conf"
+    path.write_text(f"[bob]\nagent = {agent}\n")
+    assert run("tandem-fence-peer", "-f", str(path)).returncode == R.BROKEN
+    assert run("tandem-fence-peer", "-f", str(path), "--check", "bob").returncode == 1
+
+
+def test_a_process_that_an_agent_leaves_behind_is_not_waited_for(directory: Path) -> None:
+    pid = directory / "pid"
+    agent = script(
+        directory / "fence_daemon", f"setsid sleep 600 & echo $! >> {pid}; grep -q action=off && exit 0; exit 2"
+    )
+    path = directory / "fence.conf"
+    path.write_text(f"[bob]\nagent = {agent}\nlimit = 100\n")
+    try:
+        done = run("tandem-fence-peer", "-f", str(path))
+        assert done.returncode == R.PEER_STONITHED and "attempt" not in done.stdout
+    finally:
+        for word in pid.read_text().split():
+            os.kill(int(word), signal.SIGTERM)
+
+
+def test_a_switch_that_is_off_answers_when_it_is_checked(directory: Path, program: FindProgram) -> None:
+    plug = directory / "plug"
+    plug.write_text("off")
+    path = directory / "fence.conf"
+    path.write_text(f"[bob]\nagent = {program('fence_dummy')}\nstatus_file = {plug}\n")
+    checked = run("tandem-fence-peer", "-f", str(path), "--check", "bob")
+    assert checked.returncode == 0 and "OFF" in checked.stdout
 
 
 def test_an_agent_that_hangs_is_killed(directory: Path) -> None:

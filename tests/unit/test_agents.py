@@ -127,6 +127,8 @@ def test_every_kind_of_device(tmp_path: Path) -> None:
     ("[bob]\nagent = fence_x\nlimit = 0\n", "limit = 0"),
     ("[bob]\nagent = ssh\nhost = h\ncommand = c\n", "needs the option check"),
     ("[bob]\nagent = stonith_admin\nip = 1\n", "has no option ip"),
+    ("[bob]\nagent = fence_x\naction = reboot\n", "leave out action"),
+    ("[bob]\nagent = fence_x\n  ip = 1\n", "write the line 'ip = 1' below agent without spaces"),
 ])  # fmt: skip
 def test_a_file_that_is_no_use_gets_one_sentence(tmp_path: Path, text: str, word: str) -> None:
     with pytest.raises(HandlerError, match=re.escape(word)) as caught:

@@ -70,14 +70,21 @@ class Settings:
 
 
 class PowerSwitch:
-    """A program of fence-agents: off, then asked whether the machine is off."""
+    """A program of fence-agents: off, then asked whether the machine is off.
+
+    Both must say so. The code for off is also that of a shell, an interpreter or an option parser that could not
+    even begin (2), and such a program ends with it whatever it is asked; one that works answers 0 to off, also for a
+    machine that is off already.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.title = settings.title
         self._settings = settings
+        if "action" in settings.options:
+            raise HandlerError(f"[{self.title}]: leave out action: the node is switched off, then asked for its state")
 
     def _call(self, action: str) -> Ran:
-        options = {"action": action, **self._settings.options}
+        options = {**self._settings.options, "action": action}
         words = "".join(f"{name}={value}\n" for name, value in options.items())
         return run([self._settings.agent], stdin=words, limit_s=self._settings.limit_s)
 
@@ -87,7 +94,7 @@ class PowerSwitch:
                 time.sleep(PAUSE_S)
             off = self._call("off")
             status = self._call("status")
-            if status.rc == AGENT_OFF:
+            if off.rc == 0 and status.rc == AGENT_OFF:
                 log(f"[{self.title}] {self._settings.agent}: {call.peer} is off")
                 return FenceResult.PEER_STONITHED
             why = off if off.rc else status
@@ -97,7 +104,9 @@ class PowerSwitch:
     def probe(self, call: Called) -> bool:
         status = self._call("status")
         log(f"[{self.title}] {self._settings.agent}: {status.last_line}")
-        return status.rc in (0, AGENT_OFF)
+        if status.rc == AGENT_OFF:  # or it could not even begin, with the same code
+            return self._call("monitor").rc == 0
+        return status.rc == 0
 
 
 class Pacemaker:
@@ -240,6 +249,10 @@ def read_devices(path: Path, peers: tuple[str, ...]) -> list[Device]:
 
 def _device(path: Path, title: str, options: dict[str, str]) -> Device:
     agent = options.pop("agent", "")
+    for name, value in {"agent": agent, **options}.items():
+        if "\n" in value:  # as configparser reads an indented line
+            more = value.splitlines()[1]
+            raise HandlerError(f"{path}: [{title}]: write the line '{more}' below {name} without spaces before it")
     if not agent:
         raise HandlerError(f"{path}: [{title}] has no agent; write for example agent = fence_ipmilan")
     settings = Settings(

@@ -93,22 +93,28 @@ class Ran:
 
 
 def run(argv: Sequence[str], *, stdin: str = "", limit_s: float) -> Ran:
-    """Run a program with *stdin* and all it starts, for at most *limit_s* seconds; both outputs in one."""
-    try:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
-    except OSError as error:
-        return Ran(NOT_STARTED, f"{argv[0]}: {error.strerror}")
-    try:
-        out, _ = process.communicate(stdin, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return Ran(TIMED_OUT, f"{shlex.join(argv)} did not end within {limit_s:g} seconds and was killed")
-    return Ran(process.returncode, out)
+    """Run a program with *stdin*, and its group for at most *limit_s* seconds; both outputs in one.
+
+    Output goes to memory and not to a pipe: a process that the program leaves behind would keep that open.
+    """
+    with os.fdopen(os.memfd_create("stdin"), "w+b") as words, os.fdopen(os.memfd_create("output"), "w+b") as said:
+        words.write(stdin.encode())
+        words.seek(0)
+        try:
+            process = subprocess.Popen(
+                argv, stdin=words, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return Ran(NOT_STARTED, f"{argv[0]}: {error.strerror}")
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Ran(TIMED_OUT, f"{shlex.join(argv)} did not end within {limit_s:g} seconds and was killed")
+        said.seek(0)
+        return Ran(process.returncode, said.read().decode(errors="replace"))
 
 
 def run_main(command: click.Command, program: str) -> int:
