@@ -173,6 +173,8 @@ class Replica:
         else:
             vol.n_untracked -= 1
         self.epochs_check()
+        if self.flush_waiting:
+            self._flush()
         self.e.conflicts.peer_progressed(vol)
 
     def refuse(self, vol: Volume, w: PeerWrite, cmd: Packet) -> None:
@@ -317,6 +319,11 @@ class Replica:
             ripe.append(epoch)
         return ripe
 
+    def _behind(self) -> bool:
+        """Have writes not even started that came before the flush? They wait for each other, or for the activity log."""
+        n_open = self.epoch.active + sum(epoch.active for epoch in self.closed)
+        return n_open > len(self.flush_waiting) + len(self.stalled)
+
     def _flush(self) -> None:
         """Begin a shared flush if one is due and none is running."""
         if self.flushing is not None:
@@ -325,7 +332,7 @@ class Replica:
         due = ripe and (self.stall is not None or self.e.now >= self.next_flush_at)
         if not self.flush_waiting and not due:
             return
-        if self.flush_waiting and self.draining and self.n_active:
+        if self.flush_waiting and self.draining and (self.n_active or self._behind()):
             return  # answered early (A, B): what came before the flush must be written first
         self.flushing, self.flush_waiting = self.flush_waiting, []
         self.flushing_epochs = ripe

@@ -305,6 +305,33 @@ def test_writes_of_a_diskless_primary_are_marked_and_logged() -> None:
     assert lone.vol.bitmap.weight == 1 and lone.vol.al.refs == {0: 0}
 
 
+def behind_the_log() -> Lone:
+    """Protocol A: a write was answered early and waits for the activity log, a flush is behind it."""
+    lone = Lone(net={"protocol": "A"})
+    lone.attach()
+    lone.connect(replace(PEER_SECONDARY, role=Role.PRIMARY, disk=DiskState.DISKLESS))
+    lone.forget()
+    lone.data(write(1, 0), flush())
+    assert writes(lone) == [] and not flushes(lone)
+    return lone
+
+
+def test_a_flush_waits_for_writes_answered_early_that_wait_for_the_activity_log() -> None:
+    lone = behind_the_log()
+    while not writes(lone):
+        lone.answer()
+    assert not flushes(lone)
+    lone.settle()
+    assert acks(lone) == [("WRITE_ACK", 0, ID)]
+
+
+def test_a_flush_behind_a_write_that_never_starts_is_answered() -> None:
+    lone = behind_the_log()
+    lone.answer(error=errno.EIO)
+    lone.settle()
+    assert [kind for kind, _, _ in acks(lone)] == ["NEG_ACK", "NEG_ACK"]
+
+
 # --------------------------------------------------------------------------------------- a connection ends
 
 
