@@ -320,7 +320,7 @@ class Replica:
         return ripe
 
     def _behind(self) -> bool:
-        """Have writes not even started that came before the flush? They wait for each other, or for the activity log."""
+        """Do writes that came before the flush wait for each other still, or for the activity log?"""
         n_open = self.epoch.active + sum(epoch.active for epoch in self.closed)
         return n_open > len(self.flush_waiting) + len(self.stalled)
 
