@@ -59,25 +59,66 @@ class Agreement:
         if self.e.link.resolver and self._races(vol, mask):
             self._reply(vol, CONCURRENT)
             return
+        wanted = self._judge(vol, mask, val)
+        if isinstance(wanted, int):
+            self._reply(vol, wanted)
+        elif vol is None and wanted[0][1].conn == ConnState.TEAR_DOWN:
+            # Under fencing one of us is outdated by it: the words are the peer's, so disk and pdsk change places.
+            if mask & PDSK_MASK and not mask & DISK_MASK:
+                self._outdate_first(mask, val)
+            else:
+                self._part("pdsk" if mask & DISK_MASK else "")
+        else:
+            self._reply(vol, SUCCESS)
+            for v, new in wanted:
+                self.e.apply(v, new, why="agreed with the peer")
+
+    def _judge(self, vol: Volume | None, mask: int, val: int) -> list[tuple[Volume, State]] | int:
+        """What each volume would be, or the code of a refusal."""
         volumes = [vol] if vol else list(self.e.volumes.values())
         if vol is None and mask & PDSK_MASK and any(v.state.disk in _UNDECIDED for v in volumes):
-            self._reply(vol, TRANSIENT)  # we would agree to be Outdated, and forget it when the attach ends
-            return
+            return TRANSIENT  # we would agree to be Outdated, and forget it when the attach ends
         wanted: list[tuple[Volume, State]] = []
         for v in volumes:
             result = peer_request(v.state, mask, val, self.e.facts(v), connection=vol is None)
             if isinstance(result, Refusal):
-                self._reply(vol, result.code)
-                return
+                return result.code
             wanted.append((v, result))
-        self._reply(vol, SUCCESS)
-        if vol is None and wanted[0][1].conn == ConnState.TEAR_DOWN:
-            # Under fencing one of us is outdated by it: the words are the peer's, so disk and pdsk change places.
-            outdate = "pdsk" if mask & DISK_MASK else "disk" if mask & PDSK_MASK else ""
-            self.e.drop(ConnState.TEAR_DOWN, "the peer disconnected", outdate)
-            return
-        for v, new in wanted:
-            self.e.apply(v, new, why="agreed with the peer")
+        return wanted
+
+    def _part(self, outdate: str) -> None:
+        self._reply(None, SUCCESS)
+        self.e.drop(ConnState.TEAR_DOWN, "the peer disconnected", outdate)
+
+    def _outdate_first(self, mask: int, val: int) -> None:
+        """The peer goes on alone once we agree to be Outdated; dead before that is on disk, we would be as before."""
+        link, volumes = self.e.link.ticket, list(self.e.volumes.values())
+        left, written = len(volumes), True
+
+        def durable(ok: bool) -> None:
+            nonlocal left, written
+            left, written = left - 1, written and ok
+            if left:
+                return
+            if link == self.e.link.ticket:
+                wanted = self._judge(None, mask, val) if written else TRANSIENT
+                if isinstance(wanted, int):
+                    self._reply(None, wanted)
+                else:
+                    self._part("disk")
+            if not self.busy(None):  # else we have asked to leave in the same way
+                self.stay()
+
+        for v in volumes:
+            v.leaving = True
+            self.e.write_superblock(v, durable)
+
+    def stay(self) -> None:
+        """The wish to part as the Outdated one is over: the superblocks say again what is."""
+        for vol in self.e.volumes.values():
+            if vol.leaving:
+                vol.leaving = False
+                self.e.write_superblock(vol, None)
 
     def _races(self, vol: Volume | None, mask: int) -> bool:
         """Is a request of ours under way that must not be agreed to together with the peer's?

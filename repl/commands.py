@@ -230,7 +230,7 @@ class Commands:
             if bad is not None and bad.code in (-16, -9):
                 break
             if bad is not None:
-                self._stay()
+                self.e.agreement.stay()
                 return bad
             mask, val = MASKS["conn"], ConnState.DISCONNECTING << 4
             if "disk" in extra and not all(v.leaving for v in self.e.volumes.values()):
@@ -253,24 +253,17 @@ class Commands:
                 yield self._in_a_moment
                 continue
             if code < 0:
-                self._stay()
+                self.e.agreement.stay()
                 return refusal(-10, f"peer: ({code})")
             break
         if code == LOST and "pdsk" in extra:
             extra = {}  # nobody knows whether the peer has outdated itself: fencing has to find out
         self.e.stand_alone("", outdate=next(iter(extra), ""))
-        self._stay()
+        self.e.agreement.stay()
         for vol in self.e.volumes.values():
             if extra:
                 yield self._durable(vol)
         return None
-
-    def _stay(self) -> None:
-        """The wish to part as the Outdated one is over: the superblocks say again what is."""
-        for vol in self.e.volumes.values():
-            if vol.leaving:
-                vol.leaving = False
-                self.e.write_superblock(vol, None)
 
     # ------------------------------------------------------------------------------ role
 

@@ -60,7 +60,7 @@ class Volume:
         self.target_done = False  # the target said so while bits of ours were still set
         self.outrun = False  # a Primary without a disk: the peer has taken writes that our disk does not have
         self.untouched = False  # asked to become a sync target while UpToDate: nothing has been taken away yet
-        self.leaving = False  # this node disconnects as the one that is Outdated from then on
+        self.leaving = False  # this node parts as the one that is Outdated from then on
         self.sync_ending = False  # our target may finish its resync now, and we may not hear of it
         self.unproven: DiskState | None = None  # our disk's state while a diskless Primary has not yet taken us
         self.unmarked = 0  # PRIMARY_IND is on its way to the disk

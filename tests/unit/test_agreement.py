@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from tandem.repl.config import Fencing
 from tandem.repl.events import LinkLost, Opened
-from tandem.repl.requests import Op
+from tandem.repl.metadata import MdFlag, Superblock
+from tandem.repl.requests import META, Op
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import Packet, pack_state_change, pack_state_reply, packet, unpack_i32, unpack_state_change
 
@@ -90,6 +91,47 @@ def test_a_fencing_disconnect_outdates_one_of_us(
     lone.settle()
     assert codes(lone, P.CONN_ST_CHG_REPLY) == [1]
     assert (lone.local_disk(), lone.state.pdsk) == (disk, pdsk)
+
+
+def flags_on_disk(lone: Lone) -> list[MdFlag]:
+    """The superblocks that are on their way to the disk."""
+    return [
+        Superblock.unpack(bytes(op.payload or b"")).flags for op in lone.disk
+        if op.area == META and op.offset == lone.layout.superblock
+    ]  # fmt: skip
+
+
+def test_being_outdated_is_on_disk_before_it_is_agreed_to() -> None:
+    """The peer answers writes alone from then on: dead and back, this node must not pass for good."""
+    lone = Lone(disk={"fencing": Fencing.RESOURCE_AND_STONITH}, handlers=("fence-peer",))
+    lone.attach()
+    lone.connect(replace(PEER_SECONDARY, role=Role.PRIMARY))
+    lone.data(DISCONNECT_OUTDATES_US)
+    assert [MdFlag.WAS_UP_TO_DATE in flags for flags in flags_on_disk(lone)] == [False]
+    assert codes(lone, P.CONN_ST_CHG_REPLY) == [] and lone.conn() == ConnState.CONNECTED
+    lone.answer(*lone.disk)
+    assert codes(lone, P.CONN_ST_CHG_REPLY) == [1] and lone.local_disk() == DiskState.OUTDATED
+    lone.settle()
+    assert not lone.vol.leaving and MdFlag.WAS_UP_TO_DATE not in lone.vol.flags()
+
+
+def test_who_was_to_be_outdated_and_is_cut_off_before_stays_what_it_is() -> None:
+    lone = secondary()
+    lone.data(DISCONNECT_OUTDATES_US)
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    written = flags_on_disk(lone)
+    while lone.disk:
+        lone.answer(*lone.disk)
+        written += flags_on_disk(lone)
+    assert MdFlag.WAS_UP_TO_DATE in written[-1]
+    assert codes(lone, P.CONN_ST_CHG_REPLY) == [] and lone.local_disk() == DiskState.UP_TO_DATE
+
+
+def test_a_disk_that_cannot_be_outdated_agrees_to_nothing() -> None:
+    lone = secondary()
+    lone.data(DISCONNECT_OUTDATES_US)
+    lone.answer(*lone.disk, error=5)
+    assert codes(lone, P.CONN_ST_CHG_REPLY) == [-18] and lone.conn() == ConnState.CONNECTED
 
 
 def test_an_invalidate_makes_us_the_source() -> None:
@@ -300,7 +342,7 @@ def test_both_disconnect_and_every_volume_of_the_outdated_one_is(answered: bool)
     if answered:
         lone.meta(pack_state_reply(-19, 0, True))
     lone.data(DISCONNECT_OUTDATES_US)
-    assert [v.state.disk for v in lone.engine.volumes.values()] == [DiskState.OUTDATED] * 2
     lone.settle()
+    assert [v.state.disk for v in lone.engine.volumes.values()] == [DiskState.OUTDATED] * 2
     lone.at(lone.now + 5)
     assert lone.answered(ticket) == "done" and lone.engine.cstate == ConnState.STAND_ALONE
