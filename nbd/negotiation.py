@@ -53,11 +53,12 @@ class Exports(Protocol):
     def not_yet(self, volume: Volume) -> bool:
         """Is *volume* to be made ready first? Then `Negotiation.go_on` is called once it may be opened."""
 
+    def look(self, volume: Volume) -> tuple[bool, str | None]:
+        """What `open` would say once *volume* has been made ready, as far as that is known; changes nothing."""
+
     def open(self, volume: Volume) -> tuple[bool, str | None]:
         """Open *volume* for this client: (writable, None), or (False, why not)."""
 
-    def close(self, volume: Volume, writable: bool) -> None:
-        """Undo `open`."""
 
 
 class State(Enum):
@@ -289,15 +290,15 @@ class Negotiation:
         self._reply(Opt.LIST, Rep.ACK)
 
     def _info(self, option: int, data: bytes) -> None:
-        """INFO and GO: the same answers, but only GO keeps the volume open and ends the haggling."""
+        """INFO and GO: the same answers, but only GO makes the volume ready, opens it, and ends the haggling."""
         fields = _Fields(data)
         name = fields.string()
         wanted = {fields.u16() for _ in range(fields.u16())}
         fields.finish()
         volume = self._find(name)
-        if self._waits(volume, option, data):
+        if option == Opt.GO and self._waits(volume, option, data):
             return
-        writable, refusal = self._exports.open(volume)
+        writable, refusal = self._exports.open(volume) if option == Opt.GO else self._exports.look(volume)
         if refusal is not None:
             raise _BadOption(Rep.ERR_POLICY, refusal)
         flags = transmission_flags(volume, writable, self._structured)
@@ -313,8 +314,6 @@ class Negotiation:
         self._reply(option, Rep.ACK)
         if option == Opt.GO:
             self._enter(volume, writable, name)
-        else:
-            self._exports.close(volume, writable)
 
     def _structured_reply(self, data: bytes) -> None:
         if data:

@@ -37,13 +37,18 @@ IDLE: Final = "it did not choose an export in time"
 CHUNK_MAX: Final = 256 << 10  # a batch of 64 writes of 4 KiB; bounds the requests of one receive, too
 
 Exported = Callable[[], Sequence[Volume]] | Mapping[str, Volume]
-# Whether a volume is made ready before it can be opened; if so, the function is called when that has ended.
-Prepare = Callable[[Volume, Callable[[], None]], bool]
 
 
-def _always_ready(volume: Volume, then: Callable[[], None]) -> bool:
-    """No volume has to be made ready."""
-    return False
+class Gate:
+    """What is done about a volume before it is opened; this one finds every volume as ready as it can be."""
+
+    def promises(self, volume: Volume) -> bool:
+        """Is `prepare` likely to make *volume* writable? Changes nothing."""
+        return False
+
+    def prepare(self, volume: Volume, then: Callable[[str], None]) -> bool:
+        """Begin to make *volume* ready, if it is to be: *then* gets "" at the end, or the sentence why it is not."""
+        return False
 
 
 def _silent(text: str) -> None:
@@ -60,7 +65,7 @@ class Server:
     def __init__(
         self, exports: Exported, *,
         log: Callable[[str], None] = _silent,
-        prepare: Prepare = _always_ready,
+        gate: Gate | None = None,
         sessions_max: int | None = None,
         negotiation_s: float = NEGOTIATION_S,
     ) -> None:  # fmt: skip
@@ -71,7 +76,7 @@ class Server:
         self._listeners: list[Listener] = []
         self.negotiation_s = negotiation_s
         self.log = log
-        self.prepare = prepare
+        self.gate = gate or Gate()
         self.sessions: set[Session] = set()
 
     async def start(
@@ -155,19 +160,30 @@ async def _drain(sessions: list[Session], drain_s: float) -> bool:
 class _Exports:
     """What one client may see and open."""
 
-    def __init__(self, server: Server, writable: bool, go_on: Callable[[], None]) -> None:
+    def __init__(self, server: Server, writable: bool, go_on: Callable[[str], None]) -> None:
         self._server = server
         self._writable = writable
         self._go_on = go_on
+        self.why_not = ""  # what came of making a volume ready
 
     def volumes(self) -> Sequence[Volume]:
         return self._server.volumes()
 
     def not_yet(self, volume: Volume) -> bool:
-        return self._writable and self._server.prepare(volume, self._go_on)
+        return self._writable and self._server.gate.prepare(volume, self._go_on)
+
+    def look(self, volume: Volume) -> tuple[bool, str | None]:
+        if self._writable and self._server.gate.promises(volume):
+            return True, None
+        writable, refusal = self.open(volume)
+        if refusal is None:
+            self.close(volume, writable)
+        return writable, refusal
 
     def open(self, volume: Volume) -> tuple[bool, str | None]:
         refusal = volume.open(self._writable)
+        if refusal is not None and self.why_not:
+            refusal = f"{refusal} {self.why_not}"
         return self._writable and refusal is None, refusal
 
     def close(self, volume: Volume, writable: bool) -> None:
@@ -182,7 +198,8 @@ class Session:
         self._server = server
         self._sock = sock
         self._loop = loop
-        self._negotiation = Negotiation(_Exports(server, not read_only, self._prepared))
+        self._exports = _Exports(server, not read_only, self._prepared)
+        self._negotiation = Negotiation(self._exports)
         self._later = b""  # what the client sent while its volume was being made ready
         self._transmission: Transmission | None = None
         self._receiver = Receiver(sock, self._consume, self._need, chunk_max=CHUNK_MAX)
@@ -249,8 +266,9 @@ class Session:
             self._enter_transmission(self._negotiation.terms)
         return used
 
-    def _prepared(self) -> None:
+    def _prepared(self, why_not: str) -> None:
         """The volume this client waits for is ready, or could not be made so."""
+        self._exports.why_not = why_not
         if self._closed or self._ending:
             return
         self._timer = self._loop.call_later(self._server.negotiation_s, self.abort, IDLE)

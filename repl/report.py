@@ -25,8 +25,10 @@ def open_refusal(e: Engine, vol: Volume) -> str | None:
     """Why a client may not open the export, or None."""
     s, name, node = vol.state, e.config.name, e.config.node
     if s.role != Role.PRIMARY:
-        other = f" {e.config.peer} is Primary: use its export, or" if s.peer == Role.PRIMARY else ""
-        return f"{name} is Secondary on {node}.{other} promote it here with 'tandemadm primary {name}'."
+        promote = f"romote it here with 'tandemadm primary {name}'."
+        if s.peer == Role.PRIMARY:
+            return f"{name} is Secondary on {node}. {e.config.peer} is Primary: use its export, or p{promote}"
+        return f"{name} is Secondary on {node}. P{promote}"
     if not vol.size:
         return f"{name} on {node} has no size yet: attach its disk or connect it to {e.config.peer}."
     return None

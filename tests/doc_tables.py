@@ -40,7 +40,8 @@ then, or it is a split brain when they meet. A promotion that meets a handler wa
 disconnected. (In DRBD 9 it makes their further requests fail instead; a connection that ends says the same.)
 
 Two nodes at once are Primary only with `allow-two-primaries`. With `auto-promote yes` opening an export is a `primary`
-of its own, and the last client that leaves a `secondary`; a client is told the refusal.
+of its own, and the last client that leaves a `secondary`; a client is told the refusal. Who only asks about an export
+(`nbdinfo --list`) promotes nobody.
 
 """
 

@@ -25,6 +25,7 @@ from typing import Final, Protocol
 
 import click
 import uvloop
+from tandem.nbd.server import Gate
 from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.runtime import Runtime
 from tandem.repl.edge.volume import Volume
@@ -144,6 +145,37 @@ class FrontEnd(Protocol):
         """Offer nothing more; requests that were taken get *drain_s* seconds to be answered."""
 
 
+class AutoPromote(Gate):
+    """auto-promote: a client that wants to write makes this node Primary before its export is opened.
+
+    Asking about an export promotes nobody: on a node that is alone that would be a generation of its own.
+    """
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._promotions: set[asyncio.Task[None]] = set()
+
+    def promises(self, volume: Volume) -> bool:
+        return self._wanted() and volume.size > 0 and self._daemon.runtime.status().may_promote
+
+    def prepare(self, volume: Volume, then: Callable[[str], None]) -> bool:
+        if not self._wanted():
+            return False
+        task = self._daemon.loop.create_task(self._promote(volume.number, then))
+        self._promotions.add(task)
+        task.add_done_callback(self._promotions.discard)
+        return True
+
+    def _wanted(self) -> bool:
+        return self._daemon.config.options.auto_promote and self._daemon.runtime.status().role != "Primary"
+
+    async def _promote(self, volume: int, then: Callable[[str], None]) -> None:
+        refusal = await self._daemon.command("primary", None, {"auto": True})
+        then("" if refusal is None else f"Opening it promotes, but that was refused: {refusal.text}.")
+        # Should the client be gone: nobody has opened, so nobody will close.
+        self._daemon.runtime.volume(volume).recount()
+
+
 class Daemon:
     """The life of one resource. `run` is the loop's main coroutine.
 
@@ -157,13 +189,12 @@ class Daemon:
         self.runtime = Runtime(config)
         self.own_process = front is None
         self.exports: FrontEnd = front or Exports(
-            options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text), self._prepare
+            options.paths.nbd(config.name), self.runtime.volume, lambda text: log(config.name, text), AutoPromote(self)
         )
         self.control = ControlServer(options.paths.control(config.name), self)
         self.loop = asyncio.get_running_loop()
         self.when_ready: Callable[[], None] = self._tell_starter
         self.ended = asyncio.Event()
-        self._promotions: set[asyncio.Task[None]] = set()
         self.code = 0
         self._asked_to_end = False
         self._why_alone = ""  # why the connection was given up last
@@ -214,20 +245,6 @@ class Daemon:
         elif name == "down":
             self.ended.set()
         return refusal
-
-    def _prepare(self, volume: Volume, then: Callable[[], None]) -> bool:
-        """auto-promote: a client that wants to write makes this node Primary before its export is opened."""
-        if not self.config.options.auto_promote or self.runtime.status().role == "Primary":
-            return False
-        task = self.loop.create_task(self._promote(volume.number, then))
-        self._promotions.add(task)
-        task.add_done_callback(self._promotions.discard)
-        return True
-
-    async def _promote(self, volume: int, then: Callable[[], None]) -> None:
-        await self.command("primary", None, {"auto": True})
-        then()
-        self.runtime.volume(volume).recount()  # should the client be gone: nobody opened, so nobody will close
 
     async def _listening(self) -> Refusal | None:
         """Whether the attempt to connect could begin at all.

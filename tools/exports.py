@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tandem.nbd.server import Prepare, Server, ServerError
+from tandem.nbd.server import Gate, Server, ServerError
 from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.volume import Volume
 from tandem.repl.requests import Request
@@ -113,10 +113,10 @@ class Exports:
     """The NBD servers of one resource: one for each socket, with the volumes that are offered there."""
 
     def __init__(
-        self, socket: Path, volume: Callable[[int], Volume], log: Callable[[str], None], prepare: Prepare
+        self, socket: Path, volume: Callable[[int], Volume], log: Callable[[str], None], gate: Gate
     ) -> None:
         self._socket = socket
-        self._prepare = prepare
+        self._gate = gate
         self._volume = volume
         self._log = log
         self._servers: dict[Listener, Server] = {}
@@ -141,7 +141,7 @@ class Exports:
                 self._servers[place.listener] = await self._start(place)
 
     async def _start(self, place: Place) -> Server:
-        server = Server(partial(self._at, place.listener), log=self._log, prepare=self._prepare)
+        server = Server(partial(self._at, place.listener), log=self._log, gate=self._gate)
         try:
             if place.path:
                 await server.start(unix=place.path)

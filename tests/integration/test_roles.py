@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from tandem.tools.demo_nbd import ConnectionLost, Nbd, NbdRefused, write
 from tandem.tools.demo_pair import Pair
 
-from tests.conftest import NewPair
+from tests.conftest import FindProgram, NewPair
 
 BLOCK = 4096
 
@@ -53,6 +55,35 @@ def test_auto_promote_says_why_it_can_not(new_pair: NewPair) -> None:
         Nbd(pair.second.socket, "r0")
     assert "Multiple primaries not allowed by config" in pair.second.log
     assert [role(pair, 0), role(pair, 1)] == ["Primary", "Secondary"]
+
+
+def test_auto_promote_tells_a_client_the_refusal(new_pair: NewPair) -> None:
+    pair = new_pair(options="auto-promote yes;")
+    pair.start()
+    pair.adm(pair.first, "disconnect", "r0")
+    pair.adm(pair.second, "outdate", "r0")
+    with pytest.raises(NbdRefused, match=r"r0 is Secondary on bob\. Promote.* refused: Need access to UpToDate data\."):
+        Nbd(pair.second.socket, "r0")
+
+
+def test_who_only_asks_about_an_export_promotes_nobody(new_pair: NewPair, program: FindProgram) -> None:
+    """On nodes that are alone a promotion begins a generation: looking at both would be a split brain."""
+    nbdinfo = program("nbdinfo")
+    pair = new_pair(options="auto-promote yes;")
+    pair.start()
+    pair.adm(pair.first, "secondary", "r0")
+
+    def generations() -> list[str]:
+        return [pair.adm(node, "get-gi", "r0").partition(":")[0] for node in pair.nodes]
+
+    before = generations()
+    for node in pair.nodes:
+        pair.adm(node, "disconnect", "r0")
+        uri = f"nbd+unix://?socket={node.socket}"
+        shown = subprocess.run([nbdinfo, "--list", "--json", uri], capture_output=True, text=True, check=True).stdout
+        assert '"is_read_only": false' in shown, "as for who opens it"
+    assert generations() == before
+    assert [role(pair, 0), role(pair, 1)] == ["Secondary", "Secondary"]
 
 
 def test_an_explicit_promotion_outlasts_the_clients(new_pair: NewPair) -> None:

@@ -51,6 +51,14 @@ class Offer:
     def volumes(self) -> Sequence[Volume]:
         return self.list
 
+    def look(self, volume: Volume) -> tuple[bool, str | None]:
+        if self.late:
+            return self.writable, None
+        writable, refusal = self.open(volume)
+        if refusal is None:
+            self.close(volume, writable)
+        return writable, refusal
+
     def open(self, volume: Volume) -> tuple[bool, str | None]:
         refusal = volume.open(self.writable)
         return self.writable and refusal is None, refusal
@@ -355,7 +363,15 @@ def test_garbage_ends_in_answers_or_in_a_client_error(seed: int) -> None:
         assert all(r.kind in (ACK, SERVER, INFO, META) or r.kind & ERR for r in option_replies(answers))
 
 
-@pytest.mark.parametrize("number", [GO, GET_INFO, EXPORT_NAME])
+def test_a_question_makes_no_volume_ready_and_opens_none() -> None:
+    volume = RamVolume(SIZE)
+    client = Client(volume)
+    client.offer.late = True
+    assert client.kinds(GET_INFO, info_data("r0")) == [INFO, ACK]
+    assert not client.server.parked and volume.n_open == 0
+
+
+@pytest.mark.parametrize("number", [GO, EXPORT_NAME])
 def test_a_volume_that_is_made_ready_first(number: int) -> None:
     volume = RamVolume(SIZE)
     client = Client(volume)
@@ -366,4 +382,4 @@ def test_a_volume_that_is_made_ready_first(number: int) -> None:
     assert client.take() == b"" and client.server.parked and volume.n_open == 0
     client.server.go_on()
     assert client.take() and not client.server.parked
-    assert volume.n_open == (0 if number == GET_INFO else 1)
+    assert volume.n_open == 1
