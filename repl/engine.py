@@ -523,7 +523,7 @@ class Engine:
             if self.link.ticket:
                 self.out.effects.append(Close(self.link.ticket, LINGER_S))
             self.link.down()
-            self.change_conn(ConnState.DISCONNECTING)
+            self.change_conn(ConnState.DISCONNECTING, outdate=outdate)
         self._connect_at = None
         self.link.ticket = 0
         self.change_conn(ConnState.STAND_ALONE)

@@ -582,3 +582,16 @@ def test_a_client_that_comes_while_the_last_one_leaves_keeps_the_node_auto_promo
     lone.handle(Opened(1, 0))
     lone.settle()
     assert [v.state.role for v in lone.engine.volumes.values()] == [Role.SECONDARY, Role.SECONDARY]
+
+
+def test_who_asked_to_leave_as_the_outdated_one_is_that_when_the_answer_is_lost() -> None:
+    """The peer may have agreed, and goes on alone."""
+    lone = Lone(disk={"fencing": Fencing.RESOURCE_AND_STONITH}).as_secondary()
+    ticket = lone.command("disconnect")
+    lone.meta(pack_state_reply(-7, 0, True))
+    lone.settle()
+    assert len(lone.payloads(P.CONN_ST_CHG_REQ)) == 2
+    lone.engine.drop(C.NETWORK_FAILURE, "a ping was not answered")
+    lone.settle()
+    assert lone.answered(ticket) == "done"
+    assert (lone.conn(), lone.local_disk()) == (C.STAND_ALONE, D.OUTDATED)
