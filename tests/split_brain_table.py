@@ -51,7 +51,7 @@ def _cell(f: DecisionFacts) -> str:
         return "–"
     words = "alice" if d.value < 0 else "bob"
     if d.demote_self:
-        return f"{words}, once demoted"
+        return f"{words}, once it is Secondary"
     return words if not d.abort else f"{words}: refused, see rr-conflict"
 
 

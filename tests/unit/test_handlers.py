@@ -56,10 +56,13 @@ def test_a_split_brain_a_policy_solves() -> None:
     assert meets(lone, PEER_SECONDARY) == ["initial-split-brain"] and lone.conn() == ConnState.WF_BITMAP_S
 
 
-def test_a_primary_that_lost_a_split_brain_and_can_not_be_demoted() -> None:
+@pytest.mark.parametrize("n_clients", [0, 1])
+def test_a_primary_that_lost_a_split_brain_is_not_demoted_while_the_nodes_meet(n_clients: int) -> None:
+    """As in DRBD, with clients and without: the handler has to make it a Secondary."""
     lone = alone(after_sb_0pri=AfterSb.DISCARD_LEAST_CHANGES, after_sb_2pri=AfterSb.CALL_PRI_LOST_AFTER_SB)
-    lone.handle(Opened(0, 1))
+    lone.handle(Opened(0, n_clients))
     assert meets(lone) == ["initial-split-brain", "pri-lost-after-sb", "split-brain"]
+    assert lone.vol.state.role == Role.PRIMARY and lone.conn() == ConnState.STAND_ALONE
 
 
 @pytest.mark.parametrize(("policy", "names"), [("call-pri-lost", ["pri-lost"]), ("disconnect", [])])
