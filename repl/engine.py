@@ -578,9 +578,8 @@ class Engine:
 
     def _reconfigure(self, config: ResourceConfig) -> Refusal | None:
         """Take over changed options; what needs a new connection or a new attach is the caller's to do."""
-        if {v.number for v in config.volumes} != set(self.volumes):
-            return Refusal(161, "Minor or volume exists already (delete it first).",
-                           "Volumes can not be added to a running resource: down and up again")  # fmt: skip
+        if (refusal := settings.refused(self.volumes, config)) is not None:
+            return refusal
         told = settings.said(self.config.net)
         self.config = config
         self.integrity = digest(config.net.data_integrity_alg)

@@ -1,18 +1,23 @@
 """The settings of a connection that both nodes must share: said, compared, and changed while it lives.
 
 In the handshake each node says its own (P_PROTOCOL), and any difference that matters ends in StandAlone.
-Later a node that is reconfigured tells the other (P_PROTOCOL_UPDATE), which adopts them without comparing;
-the algorithm in it is that of the sender's data from there on in the stream. Pure.
+Later a node that is reconfigured (what a running resource cannot take over is refused) tells the other
+(P_PROTOCOL_UPDATE), which adopts them without comparing; the algorithm in it is that of the sender's data
+from there on in the stream. Pure.
 
 Source: drbd_receiver.c, receive_protocol; drbd_main.c, __drbd_send_protocol.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from .config import AfterSb, NetOptions
+from .config import AfterSb, NetOptions, ResourceConfig
+from .errors import Refusal
+from .states import Role
+from .volume import Volume
 from .wire import Protocol
 
 UPDATE_APV: Final = 100  # the first protocol with P_PROTOCOL_UPDATE
@@ -26,6 +31,19 @@ def said(net: NetOptions, conn_flags: int = 0) -> Protocol:
         _LETTERS.index(net.protocol) + 1, net.after_sb_0pri, net.after_sb_1pri, net.after_sb_2pri,
         conn_flags, int(net.allow_two_primaries), net.data_integrity_alg,
     )  # fmt: skip
+
+
+def refused(volumes: Mapping[int, Volume], config: ResourceConfig) -> Refusal | None:
+    """Why a running resource with *volumes* cannot take over *config* (drbd_nl.c, _check_net_options)."""
+    if {v.number for v in config.volumes} != set(volumes):
+        return Refusal(161, "Minor or volume exists already (delete it first).",
+                       "Volumes can not be added to a running resource: down and up again")  # fmt: skip
+    states = [v.state for v in volumes.values()]
+    both = any(s.role == Role.PRIMARY for s in states) and any(s.peer == Role.PRIMARY for s in states)
+    if both and not config.net.allow_two_primaries:
+        return Refusal(164, "Can not clear allow_two_primaries as long as there a primaries on both sides.",
+                       "Demote one node first: tandemadm secondary {res}")  # fmt: skip
+    return None
 
 
 def _ours(policy: int) -> int:

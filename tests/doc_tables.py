@@ -54,10 +54,10 @@ replaced by the other's, "–" where the policy has no answer. Then `connect --d
 without it both nodes are StandAlone, the `split-brain` handler runs, and the log says what to do.
 
 * `discard-local` and `discard-remote` are meant from alice's side; bob's configuration must have the other word.
-* `call-pri-lost-after-sb` runs the handler `pri-lost-after-sb` on the Primary that loses, which is to make it a Secondary,
-  by a reboot for instance; until then the split brain stays unresolved. DRBD demotes nobody itself while two nodes meet:
-  no role may change before they are Connected. Only a split brain that an attach brings to light on nodes that are
-  connected has the loser demoted first, unless clients are attached.
+* `call-pri-lost-after-sb` runs the handler `pri-lost-after-sb` on the Primary that loses, which is to make it a
+  Secondary, by a reboot for instance; until then the split brain stays unresolved. DRBD demotes nobody by itself while
+  two nodes meet: no role may change before they are Connected. Only a split brain that an attach brings to light on
+  nodes that are connected has the loser demoted first, unless clients are attached.
 * A Primary does not take the peer's data while it is Primary, unless `rr-conflict violently` is set; with
   `call-pri-lost` the handler `pri-lost` runs on it. In both cases the connection ends.
 * Histories that share no bitmap generation are only put to the policies with `always-asbp`; then everything is copied.

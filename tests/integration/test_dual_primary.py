@@ -70,3 +70,17 @@ def test_the_second_primary_needs_the_option(new_pair: NewPair) -> None:
     pair.start()
     refused = pair.run(pair.second, "primary", "r0")
     assert refused.returncode == 11 and "Multiple primaries not allowed by config" in refused.stderr
+
+
+def test_two_primaries_stay_allowed_while_there_are_two(new_pair: NewPair) -> None:
+    pair = new_pair(net="allow-two-primaries yes;")
+    pair.start()
+    pair.adm(pair.second, "primary", "r0")
+    text = pair.config.read_text()
+    pair.config.write_text(text.replace("allow-two-primaries yes;", ""))
+    refused = pair.run(pair.first, "adjust", "r0")
+    assert refused.returncode == 10 and "(164) Can not clear allow_two_primaries" in refused.stderr
+    assert "tandemadm secondary r0" in refused.stderr, "what to do"
+    pair.adm(pair.second, "secondary", "r0")
+    pair.adm(pair.first, "adjust", "r0")
+    assert pair.run(pair.second, "primary", "r0").returncode == 11

@@ -214,6 +214,7 @@ def test_one_primary_volume_makes_the_node_primary() -> None:
 
 
 def reconfigure(lone: Lone, net: NetOptions) -> Refusal | None:
+    lone.effects.clear()
     lone.handle(Reconfigure(77, replace(lone.config, net=net)))
     (answer,) = lone.of(Answer)
     assert isinstance(answer, Answer) and answer.ticket == 77
@@ -227,6 +228,17 @@ def test_new_options_are_in_force_at_once() -> None:
         lone.submit(Op.WRITE, i * 8192)
     lone.settle()
     assert [e.n_sent for e in lone.engine.log.epochs] == [2, 1]
+
+
+def test_two_primaries_stay_allowed_while_there_are_two() -> None:
+    lone = Lone(net={"allow_two_primaries": True}).ready()
+    lone.data(pack_state(replace(PEER_SECONDARY, role=Role.PRIMARY).word(), 0))
+    assert lone.vol.state.peer == Role.PRIMARY
+    refused = reconfigure(lone, NetOptions())
+    assert refused is not None and refused.code == 164 and lone.engine.config.net.allow_two_primaries
+    assert reconfigure(lone, NetOptions(allow_two_primaries=True, max_epoch_size=2)) is None
+    lone.data(pack_state(PEER_SECONDARY.word(), 0))
+    assert reconfigure(lone, NetOptions()) is None and not lone.engine.config.net.allow_two_primaries
 
 
 def test_volumes_can_not_come_and_go() -> None:
