@@ -50,8 +50,7 @@ def follow(e: Engine, vol: Volume, old: State, new: State, *, tell_peer: bool) -
     if not vol.state.suspended:
         if old.suspended:
             e.mirror.release_gated(vol)
-        if vol.held:
-            e.mirror.release_held(vol)
+        e.mirror.release_held(vol)
 
 
 def _no_data(s: State) -> bool:

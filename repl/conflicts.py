@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from .errors import PeerProtocolError
 from .intervals import Range
-from .requests import FUA, LOCAL, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
+from .requests import AL_REF, FUA, LOCAL, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
 from .states import ConnState
 from .volume import HALF, Volume
 from .wire import Packet
@@ -41,6 +41,7 @@ class Conflicts:
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.postponed: list[Request] = []  # ours, to be sent again when the resolver's write has arrived
+        self._due: list[Request] = []  # of these, those whose time has come
         self._waiting: dict[PeerWrite, Volume] = {}  # the peer's, until one of ours is out of the way
         self._told = False
         self._gate_until: float | None = None  # when we give up on acks sent before a write that is here
@@ -102,10 +103,24 @@ class Conflicts:
 
     def restart(self, vol: Volume, w: PeerWrite) -> None:
         """The resolver's write *w* was answered: what it stood against is sent as new."""
-        for r in [r for r in self.postponed if r.volume == vol.number and _overlap(r, w) and not r.waiting]:
+        self._due += [
+            r for r in self.postponed
+            if r.volume == vol.number and _overlap(r, w) and not r.waiting and r not in self._due
+        ]  # fmt: skip
+        self.send_again(vol)
+
+    def send_again(self, vol: Volume) -> None:
+        """Start anew what is due, unless nothing may start now.
+
+        Meanwhile it keeps its range and its extents: our disk has it and the peer's has not.
+        """
+        if not self._due or self.e.mirror.holds_back(vol):
+            return
+        for r in [r for r in self._due if r.volume == vol.number]:
+            self._due.remove(r)
             self.postponed.remove(r)
-            r.legs &= ~POSTPONED
-            self.e.mirror.again(vol, r)
+            r.legs &= AL_REF
+            self.e.mirror.dispatch(vol, r)
 
     # ------------------------------------------------------------------------------ the peer's writes
 
@@ -173,7 +188,7 @@ class Conflicts:
 
     def take_postponed(self) -> list[Request]:
         """Ours that were to be sent again, for whoever settles the transfer log of a lost connection."""
-        postponed, self.postponed = self.postponed, []
+        postponed, self.postponed, self._due = self.postponed, [], []
         for r in postponed:
             r.legs &= ~POSTPONED
         return postponed

@@ -116,13 +116,9 @@ class Mirror:
 
     def enter(self, vol: Volume, r: Request) -> None:
         """One request, the long way: wait for what it must wait for, then start it."""
-        state = vol.state
-        if (
-            state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS
-            or state.disk == DiskState.NEGOTIATING  # the peer's bitmap may be on its way without this write
-        ):  # fmt: skip
+        if self.holds_back(vol):
             vol.held.append(r)
-        elif state.role != Role.PRIMARY:
+        elif vol.state.role != Role.PRIMARY:
             self._fail(vol, r, errno.EPERM)
         elif r.op == Op.FLUSH:
             vol.flush_waiting.append(r)
@@ -132,8 +128,18 @@ class Mirror:
         else:
             self._write(vol, r)
 
+    @staticmethod
+    def holds_back(vol: Volume) -> bool:
+        """Must nothing start now?"""
+        state = vol.state
+        return bool(
+            state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS
+            or state.disk == DiskState.NEGOTIATING  # the peer's bitmap may be on its way without this write
+        )  # fmt: skip
+
     def release_held(self, vol: Volume) -> None:
         """The state changed: try again what was held back."""
+        self.e.conflicts.send_again(vol)
         for _ in range(len(vol.held)):
             self.enter(vol, vol.held.popleft())
 
@@ -246,10 +252,7 @@ class Mirror:
     def dispatch(self, vol: Volume, r: Request) -> None:
         """Start a write that holds its range (and extents): to the disk, to the peer, or to both."""
         state = vol.state
-        if (
-            state.suspended or vol.io_holds or state.conn in BLOCKED_CONNS
-            or state.disk == DiskState.NEGOTIATING
-        ):  # fmt: skip
+        if self.holds_back(vol):
             self._release(vol, r)
             vol.held.append(r)
             return
@@ -461,11 +464,6 @@ class Mirror:
         self.log.drop_extents(vol, r)
         for wake in vol.intervals.remove(r):
             wake()
-
-    def again(self, vol: Volume, r: Request) -> None:
-        """Start a write anew that was on the local disk already."""
-        self._release(vol, r)
-        self.enter(vol, r)
 
     def answer(self, vol: Volume, requests: list[Request]) -> None:
         """Hand requests back, unless answers are held (a new generation is not durable, I/O is frozen)."""

@@ -238,6 +238,46 @@ def test_our_write_waits_for_theirs_that_is_under_way() -> None:
     assert len(lone.payloads(P.DATA)) == 1 and r.waiting == PEER
 
 
+def test_a_postponed_write_keeps_its_range_until_the_peer_has_it() -> None:
+    """Our disk has it and the peer's has not: a verify that got in between would find a difference."""
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.settle()
+    found: list[object] = []
+
+    def look() -> None:
+        blocker = lone.vol.intervals.blocker(0, 8192)
+        found.append(blocker)
+        if blocker is not None:
+            lone.vol.intervals.wait(blocker, look)
+
+    look()
+    lone.data(theirs(0, 8, 1))
+    lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    lone.settle()
+    assert len(lone.payloads(P.DATA)) == 2 and set(found) == {r}
+    lone.meta(their_ack(r, 3))
+    assert lone.done == [r] and found[-1] is None
+
+
+def test_a_postponed_write_is_held_back_by_a_suspension_like_any_other() -> None:
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.settle()
+    lone.data(theirs(0, 8, 1))
+    lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    assert lone.run("suspend-io") == "done"
+    lone.settle()
+    assert len(lone.payloads(P.DATA)) == 1 and lone.vol.intervals.blocker(0, 4096) is r
+    assert lone.vol.al.refs[0], "a crash now must find the difference"
+    ticket = lone.command("resume-io")
+    assert len(lone.payloads(P.DATA)) == 2
+    lone.settle()
+    lone.meta(their_ack(r, 3))
+    lone.settle()
+    assert lone.answered(ticket) == "done" and lone.done == [r] and r.error == 0 and lone.vol.bitmap.weight == 0
+
+
 def test_a_lost_connection_answers_what_was_postponed() -> None:
     lone = dual(resolver=False)
     r = lone.submit(Op.WRITE, 0, 8192)
