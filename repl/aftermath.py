@@ -183,6 +183,7 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
         case C.WF_BITMAP_T:
             resync.enter_bitmap_target(vol)
         case C.STARTING_SYNC_S:
+            resync.enter_full_sync(vol)
             e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]
         case C.STARTING_SYNC_T:
             e.disks.set_all(vol, lambda serial=vol.conn_serial: _set_all_done(e, vol, serial))  # type: ignore[misc]

@@ -83,6 +83,23 @@ class Resync:
 
     # ------------------------------------------------------------------------------ start
 
+    def enter_full_sync(self, vol: Volume) -> None:
+        """StartingSyncS: from here on the peer gets no writes, so our generations must say that it is behind.
+
+        They do it before the handler runs, which may take long and refuse. Without that (in DRBD) both would meet
+        again as equals, with bits in their bitmaps that mean nothing to them.
+        """
+        vol.source = SourceRun(self.e.now)
+        vol.source.sync_uuid = self._take_sync_uuid(vol)
+
+    def _take_sync_uuid(self, vol: Volume) -> int:
+        sync_uuid = vol.uuids.sync_uuid(self.e.random64())
+        # Until its first request the target may still be UpToDate in the generation we share.
+        vol.sync_ending = not vol.uuids.bitmap
+        peer_current = vol.peer_uuids.current if vol.peer_uuids else None
+        vol.uuids = vol.uuids.become_source(sync_uuid, peer_current)
+        return sync_uuid
+
     def start_source(self, vol: Volume) -> None:
         """Handler, new sync UUID on disk, then SyncSource and P_SYNC_UUID in one go."""
         serial = vol.conn_serial
@@ -93,11 +110,8 @@ class Resync:
             if code not in (0, 3):
                 self.e.stand_alone(f"before-resync-source handler exited with {code}")
                 return
-            sync_uuid = vol.uuids.sync_uuid(self.e.random64())
-            # Until its first request the target may still be UpToDate in the generation we share.
-            vol.sync_ending = not vol.uuids.bitmap
-            peer_current = vol.peer_uuids.current if vol.peer_uuids else None
-            vol.uuids = vol.uuids.become_source(sync_uuid, peer_current)
+            known = vol.source.sync_uuid if vol.source is not None else None
+            sync_uuid = self._take_sync_uuid(vol) if known is None else known
             self.e.write_superblock(vol, lambda ok: durable(ok, sync_uuid))
 
         def durable(ok: bool, sync_uuid: int) -> None:

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 class SourceRun:
     """A volume's resync as source."""
 
-    __slots__ = ("asked", "next_persist", "receiver")
+    __slots__ = ("asked", "next_persist", "receiver", "sync_uuid")
 
     def __init__(self, now: float) -> None:
         self.receiver: BitmapReceiver | None = None
         self.asked = False  # the target has asked for a block: its own metadata say that it is Inconsistent
         self.next_persist = now + PERSIST_S
+        self.sync_uuid: int | None = None  # of a full sync, known before the handler is asked
+
 
 class Source:
     """Volumes from which the peer is brought up to date."""

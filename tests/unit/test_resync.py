@@ -512,3 +512,16 @@ def test_replies_asked_for_before_the_targets_disk_failed_are_drained() -> None:
     lone.data(reply(9))
     assert [unpack_ack(p)[:2] for p in lone.payloads(P.NEG_ACK)] == [(72, ID_SYNCER)]
     assert lone.conn() == ConnState.CONNECTED and not lone.closed
+
+
+def test_a_source_that_was_asked_for_a_full_sync_remembers_it_while_its_handler_runs() -> None:
+    """From then on the target gets no writes; it must not pass for equal when the sync never begins."""
+    lone = Lone(handlers=("before-resync-source",)).ready()
+    lone.data(pack_state_change(0x1F0, ConnState.STARTING_SYNC_T << 4, 0, False))
+    lone.settle()
+    sync_uuid = lone.vol.uuids.bitmap
+    assert lone.conn() == ConnState.STARTING_SYNC_S and sync_uuid and not lone.sent(P.SYNC_UUID)
+    lone.handle(HandlerExited(lone.handler("before-resync-source").ticket, 0))
+    lone.settle()
+    assert lone.conn() == ConnState.SYNC_SOURCE and lone.vol.uuids.bitmap == sync_uuid
+    assert lone.payloads(P.SYNC_UUID) == [sync_uuid.to_bytes(8, "big")]
