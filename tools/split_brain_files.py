@@ -99,22 +99,35 @@ def _collect(owned: Owned, block: int) -> tuple[FileBlocks, ...]:
 
 
 def _run(words: list[str], text: str = "") -> str:
-    """The output of a tool; ToolError when it is not there or could not work."""
+    """The output of a tool, with a surrogate for each byte that is no UTF-8; ToolError when it is not there or
+    could not work."""
     program = shutil.which(words[0], path=_PATH)
     if program is None:
         package = "xfsprogs" if words[0].startswith("xfs") else "e2fsprogs"
         raise ToolError(f"{words[0]} is not installed there, so the files are not known (Debian: {package})")
     try:
         done = subprocess.run(
-            [program, *words[1:]], input=text, capture_output=True, text=True, errors="surrogateescape",
-            timeout=TOOL_S, env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat", "PAGER": "cat"},
+            [program, *words[1:]], input=text.encode(), capture_output=True, timeout=TOOL_S,
+            env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat", "PAGER": "cat"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolError(f"{words[0]}: {error}") from error
     if done.returncode:
-        last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        last = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise ToolError(f"{words[0]} could not read the file system: {last[-1]}")
-    return done.stdout
+    return done.stdout.decode("utf-8", "surrogateescape")
+
+
+def _lines(text: str, begins: re.Pattern[str]) -> Iterator[str]:
+    """The lines of a tool's answer; one that does not begin as a line should is the rest of a name above it."""
+    line = ""
+    for part in text.removesuffix("\n").split("\n"):
+        if begins.match(part):
+            yield line
+            line = part
+        else:
+            line += "\n" + part
+    yield line
 
 
 # ------------------------------------------------------------------------------------------- ranges
@@ -177,6 +190,7 @@ _PLACES: Final = re.compile(
     r"(superblock|Group descriptors|Reserved GDT blocks|Block bitmap|Inode bitmap|Inode table) at (\d+)(?:-(\d+))?"
 )
 _SPANS: Final = re.compile(r"(\d+)(?:-(\d+))?")
+_NAMED: Final = re.compile(r"\d+\t/")
 _EXTENT: Final = re.compile(r"\([^)]*\):(\d+)(?:-(\d+))?")
 
 
@@ -241,7 +255,7 @@ def _names(device: str, inodes: list[int]) -> dict[int, str]:
     named = [inode for inode in inodes if inode not in _JOURNAL_INODES]
     for at in range(0, len(named), ASK_MAX):
         asked = " ".join(map(str, named[at : at + ASK_MAX]))
-        for line in _run(["debugfs", "-R", f"ncheck {asked}", device]).splitlines():
+        for line in _lines(_run(["debugfs", "-R", f"ncheck {asked}", device]), _NAMED):
             number, tab, path = line.partition("\t")
             if tab and number.isdigit() and int(number) in names and names[int(number)].startswith("<inode"):
                 names[int(number)] = "/" + path.lstrip("/")
@@ -251,7 +265,8 @@ def _names(device: str, inodes: list[int]) -> dict[int, str]:
 # -------------------------------------------------------------------------------------------- xfs
 
 
-_USE: Final = re.compile(r"^block \d+ \((\d+)/(\d+)\) type (\S+)(?: inode (\d+))?(?: (.*))?$")
+_USED: Final = re.compile(r"(?:xfs_db> )*block \d+ \(|(?:xfs_db> )+\Z")
+_USE: Final = re.compile(r"block \d+ \((\d+)/(\d+)\) type (\S+)(?: inode (\d+))?(?: (.*))?\Z", re.DOTALL)
 
 
 def _xfs(device: str, head: bytes, changed: Bitmap, block: int) -> Owned:
@@ -267,7 +282,7 @@ def _xfs(device: str, head: bytes, changed: Bitmap, block: int) -> Owned:
             first = stop
     if len(script) == 1:
         return
-    for line in _run(["xfs_db", "-f", "-r", device], "\n".join(script) + "\n").splitlines():
+    for line in _lines(_run(["xfs_db", "-f", "-r", device], "\n".join(script) + "\n"), _USED):
         found = _USE.match(line.removeprefix("xfs_db> "))
         if found is None:
             continue

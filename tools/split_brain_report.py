@@ -304,9 +304,11 @@ def _common(own: Bitmap, other: Bitmap, first: int, end: int) -> int:
 
 
 def _printable(name: str) -> str:
-    """A file's name on one line, whatever bytes it has."""
-    raw = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in raw)
+    """A file's name on one line, whatever bytes it has; a space at its end can be seen."""
+    raw = name.replace("\\", r"\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in raw)
+    bare = text.rstrip(" ")
+    return bare + r"\x20" * (len(text) - len(bare))
 
 
 def own_text(name: str, own: Side, volume: VolumeSide, bitmap: Bitmap, use: FileUse) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tandem.repl.bitmap import Bitmap
+from tandem.tools.split_brain_files import find_files
 
 from tests.adm_pair import NbdClient, wait_until
 from tests.split_pair import BLOCK, Changes, SplitPair, TwoVolumes, block_of, noise
@@ -213,6 +216,51 @@ SECOND: Changes = {
     "alpha": [(BLOCK, noise("e", 3))],
     "beta": [(2 * BLOCK, noise("f", 1)), (5 << 20, noise("g", 20))],
 }
+
+
+NAMES = [
+    b"new\nline", b"ends\n", b"cr\rback", b"form\x0cfeed",
+    "ls\u2028nel\u0085".encode(), b"\xff bytes", b"back\\slash", b"space ",
+]  # fmt: skip
+
+
+def test_any_name_of_a_file_is_told_whole(directory: Path) -> None:
+    """xfs gets its names by a patch: mkfs.xfs takes no such ones."""
+    tree, image = directory / "tree", directory / "image"
+    content = directory / "content"
+    content.write_bytes(b"x" * 5000)
+    tree.mkdir()
+    for name in NAMES:
+        (tree / os.fsdecode(name)).write_bytes(content.read_bytes())
+    with open(image, "wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-d", tree, image], check=True, capture_output=True)
+    assert all_names(image) == sorted(NAMES)
+    image.unlink()
+    with open(image, "wb") as file:
+        file.truncate(300 << 20)
+    stand_ins = {name: f"file{n}".ljust(len(name), "x") for n, name in enumerate(NAMES)}
+    lines = [f"{name} ---644 0 0 {content}" for name in stand_ins.values()]
+    (directory / "proto").write_text("\n".join(["/none", "0 0", "d--755 0 0", *lines, "$\n"]))
+    words = ["mkfs.xfs", "-q", "-f", "-m", "crc=0", "-p", str(directory / "proto"), str(image)]
+    subprocess.run(words, check=True, capture_output=True)
+    with open(image, "r+b") as file:
+        head = file.read(1 << 20)
+        for name, stand_in in stand_ins.items():
+            assert head.count(stand_in.encode()) == 1
+            file.seek(head.index(stand_in.encode()))
+            file.write(name)
+    assert all_names(image) == sorted(NAMES)
+
+
+def all_names(image: Path) -> list[bytes]:
+    """The names of the files to which any block of the file system belongs."""
+    changed = Bitmap(image.stat().st_size // BLOCK)
+    changed.set(0, changed.n_bits)
+    found = find_files(str(image), changed, BLOCK)
+    assert not found.note
+    names = [file.name for file in found.files if file.name.startswith("/")]
+    return sorted(os.fsencode(name[1:]) for name in names if name not in ("/", "/lost+found"))
 
 
 def test_two_volumes_are_reported_looked_at_and_recovered_together() -> None:

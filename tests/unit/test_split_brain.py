@@ -32,6 +32,7 @@ from tandem.tools.split_brain_node import (
     set_ranges,
 )
 from tandem.tools.split_brain_report import (
+    _printable,
     alone_since,
     analyse,
     combined,
@@ -177,6 +178,13 @@ def test_a_damaged_bitmap_is_refused() -> None:
 )  # fmt: skip
 def test_sizes_are_readable(n: int, text: str) -> None:
     assert size_text(n) == text
+
+
+def test_a_name_is_on_one_line_and_is_no_other_name() -> None:
+    names = ["/a\nb", "/a\\nb", "/a\r\x1b[m", "/\u2028", "/\udcff", "/ä b", "/end  "]
+    assert [_printable(name) for name in names] == [
+        r"/a\nb", r"/a\\nb", r"/a\r\x1b[m", r"/\u2028", r"/\xff", "/ä b", r"/end\x20\x20",
+    ]  # fmt: skip
 
 
 def test_a_disk_without_a_file_system_is_said_to_have_none(tmp_path: Path) -> None:
