@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""`calls` for a C compiler: the same function and class, the same arguments, the same results.
+"""`calls` for a C compiler: the same functions and class, the same arguments, the same results.
 
 `calls.py` says what they do and is the specification. A batch gives up the interpreter once, not for each call, and
 a thread that flushes never needs it.
@@ -22,6 +22,7 @@ cdef extern from *:
     #include <stdlib.h>
     #include <sys/eventfd.h>
     #include <sys/resource.h>
+    #include <sys/socket.h>
     #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
@@ -41,6 +42,35 @@ cdef extern from *:
     static long read_cached(int fd, void *to, size_t length, long long offset) {
         struct iovec one = {to, length};
         return preadv2(fd, &one, 1, offset, RWF_NOWAIT);
+    }
+
+    static PyObject *received_behind(int fd, const char *begun, Py_ssize_t have, Py_ssize_t n_max) {
+        PyObject *data = PyBytes_FromStringAndSize(NULL, have + n_max);
+        ssize_t n;
+        if (!data)
+            return NULL;
+        memcpy(PyBytes_AS_STRING(data), begun, have);
+        Py_BEGIN_ALLOW_THREADS
+        do
+            n = recv(fd, PyBytes_AS_STRING(data) + have, n_max, MSG_DONTWAIT);
+        while (n < 0 && errno == EINTR);
+        Py_END_ALLOW_THREADS
+        if (n < 0) {
+            Py_DECREF(data);
+            return PyErr_SetFromErrno(PyExc_OSError);
+        }
+        _PyBytes_Resize(&data, have + n);  /* NULL where that fails */
+        return data;
+    }
+
+    /* The bytes sent, or a negative errno. */
+    static long send_once(int fd, struct iovec *pieces, int n) {
+        struct msghdr message = {.msg_iov = pieces, .msg_iovlen = n};
+        ssize_t sent;
+        do
+            sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        while (sent < 0 && errno == EINTR);
+        return sent < 0 ? -errno : sent;
     }
 
     /* Threads that flush. A job is in one of two lists, or in a thread's hands. */
@@ -172,6 +202,13 @@ cdef extern from *:
     double seconds() nogil
     long count_waits() nogil
     long read_cached(int fd, void *to, size_t length, long long offset) nogil
+    object received_behind(int fd, const char *begun, Py_ssize_t have, Py_ssize_t n_max)
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    long send_once(int fd, iovec *pieces, int n) nogil
+    enum:
+        EAGAIN
     struct job:
         job *next
         int error
@@ -199,6 +236,7 @@ cdef enum:
     OP_WRITE = 1
     BYTES_MAX = 16 << 10
     OPS_MAX = 128
+    PIECES_MAX = 1024
 
 SHORT_BYTES_MAX = BYTES_MAX
 SHORT_OPS_MAX = OPS_MAX
@@ -289,6 +327,40 @@ def short_inline(int fd, list ops, long long volume, bint nowait, bint counting)
             if calls[i].writes:
                 PyBuffer_Release(&calls[i].view)
     return count, slow, waited
+
+
+def receive(int fd, begun, Py_ssize_t n_max):
+    cdef Py_buffer view
+    PyObject_GetBuffer(begun, &view, PyBUF_SIMPLE)
+    try:
+        return received_behind(fd, <const char *>view.buf, view.len, n_max)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def send(int fd, list buffers):
+    cdef Py_buffer views[PIECES_MAX]
+    cdef iovec pieces[PIECES_MAX]
+    cdef Py_ssize_t total = 0
+    cdef int n = 0, i
+    cdef long sent
+    assert len(buffers) <= PIECES_MAX
+    try:
+        for buffer in buffers:
+            PyObject_GetBuffer(buffer, &views[n], PyBUF_SIMPLE)
+            pieces[n].iov_base, pieces[n].iov_len = views[n].buf, views[n].len
+            total += views[n].len
+            n += 1
+        with nogil:
+            sent = send_once(fd, pieces, n)
+    finally:
+        for i in range(n):
+            PyBuffer_Release(&views[i])
+    if sent >= 0:
+        return total - sent
+    if sent == -EAGAIN:
+        return total
+    raise OSError(-sent, os.strerror(-sent))
 
 
 cdef class Flusher:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from tandem.repl.requests import DiskOp, Op
+from tandem.repl.requests import Buffer, DiskOp, Op
 
 from .workers import Completions, Workers
 
@@ -67,6 +67,26 @@ def short_inline(fd: int, ops: list[DiskOp], volume: int, nowait: bool, counting
         if now - began > SLOW_S and op.op == WRITE:
             return count, now - began, counting and n_waits() > waits
     return count, 0.0, False
+
+
+def receive(fd: int, begun: Buffer, n_max: int) -> bytes:
+    """*begun*, and behind it what the non-blocking socket *fd* has, at most *n_max* bytes; nothing more at its end.
+
+    Raises OSError as the socket does, BlockingIOError when nothing is there.
+    """
+    return bytes(begun) + os.read(fd, n_max)
+
+
+def send(fd: int, buffers: list[Buffer]) -> int:
+    """Send *buffers*, at most `IOV_MAX` of them, on the non-blocking socket *fd*, as far as it takes them at once.
+
+    Returns how many bytes are left over. Raises OSError as the socket does.
+    """
+    total = sum(map(len, buffers))
+    try:
+        return total - os.writev(fd, buffers)
+    except BlockingIOError:
+        return total
 
 
 class Flusher:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from tandem.repl.config import ResourceConfig
@@ -107,12 +107,12 @@ class Link:
             else:
                 self._close(pair)
 
-    def send_data(self, buffers: Sequence[Buffer]) -> None:
+    def send_data(self, buffers: list[Buffer]) -> None:
         """To the data socket; dropped without a link, because then nobody will miss it."""
         if self._pair is not None:
             self._pair.to_data.send(buffers)
 
-    def send_meta(self, buffers: Sequence[Buffer]) -> None:
+    def send_meta(self, buffers: list[Buffer]) -> None:
         if self._pair is not None:
             self._pair.to_meta.send(buffers)
 

@@ -6,20 +6,22 @@ socket and make no task, future or callback per packet.
 
 A received chunk is a fresh ``bytes`` object and is never used again: packets keep slices of it as their
 payload, and reference counting frees it after the last of them. Only a packet cut by the end of a chunk
-is copied, once; a long one gets a buffer of its own, and what is still missing of it is received there.
+is copied, to the start of the next chunk, so that what follows makes one batch with it; a long one gets a
+buffer of its own, and what is still missing of it is received there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import numpy
 from tandem.repl.requests import Buffer
 
 from .blockio import unwritten
+from .compiled import calls
 
 CHUNK_MIN: Final = 64 << 10  # what a quiet connection asks the kernel for
 CHUNK_MAX: Final = 1 << 20  # more does not make the batches better, and a kept slice keeps all of it
@@ -59,8 +61,8 @@ class Receiver:
         self._chunk = chunk_min
         self._chunk_min = chunk_min
         self._chunk_max = chunk_max
-        self._tail = bytearray()  # the start of a short packet that is still incomplete
-        self._want = 0  # the length of the incomplete packet in _tail or _own
+        self._tail = b""  # the start of a short packet that is still incomplete
+        self._want = 0  # the length of the incomplete packet in _tail or _own, as far as it is known
         self._own: memoryview | None = None  # the buffer of a long incomplete packet
         self._filled = 0  # bytes of _own that are there
 
@@ -72,22 +74,24 @@ class Receiver:
         """
         if self._own is not None:
             return self._receive_own(self._own)
-        asked = self._chunk
+        asked, tail = self._chunk, self._tail
         try:
-            data = self._sock.recv(asked)
+            data = calls.receive(self._sock.fileno(), tail, asked)
         except BlockingIOError:
             return -1
-        n = len(data)
+        total = len(data)
+        n = total - len(tail)
         if n == asked:
             self._chunk = max(min(n * 2, self._chunk_max), self._chunk_min)
         elif n < asked >> 3:
             self._chunk = max(asked >> 1, self._chunk_min)
-        if self._tail:
-            self.feed(memoryview(data))
+        if tail and total < self._want:
+            self._tail = data
         elif n:
+            self._tail = b""
             view = memoryview(data)
             used = self._consume(view)
-            if used < n:
+            if used < total:
                 self._keep(view[used:])
         if n == asked and self._own is not None:  # the rest of the long packet is there already
             n += max(self._receive_own(self._own), 0)
@@ -123,7 +127,7 @@ class Receiver:
                 if len(self._tail) < self._want:
                     return
                 packet = memoryview(self._tail)
-                self._tail = bytearray()
+                self._tail = b""
             else:
                 packet, view = view, view[:0]
             used = self._consume(packet)
@@ -145,7 +149,7 @@ class Receiver:
         assert want > have, "a receiver that wants no more has not consumed a complete packet"
         self._want = want
         if want - have < OWN_BUFFER_MIN:
-            self._tail = bytearray(rest)
+            self._tail = bytes(rest)
             return
         # numpy leaves the new memory as it is, where bytearray(n) would fill it with zeroes first.
         own = numpy.empty(want, numpy.uint8).data
@@ -202,26 +206,23 @@ class Sender:
         """Whether *on_high* was called last, not *on_low*."""
         return self._above
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
+    def send(self, buffers: list[Buffer]) -> None:
         """Send *buffers* (of bytes, format 'B') after everything sent before."""
         if self.closed:
             return
-        total = sum(map(len, buffers))
         if not self._waiting and len(buffers) <= IOV_MAX:  # the usual case: all of it goes at once
             try:
-                sent = self._sock.sendmsg(buffers)
-            except BlockingIOError:
-                sent = 0
+                left = calls.send(self._sock.fileno(), buffers)
             except OSError as error:
                 self._lose(error)
                 return
-            if sent == total:
+            if not left:
                 return
-            self.backlog += total - sent
-            self._queue += unwritten(buffers, sent)
+            self.backlog += left
+            self._queue += unwritten(buffers, sum(map(len, buffers)) - left)
             self._wait(True)
         else:
-            self.backlog += total
+            self.backlog += sum(map(len, buffers))
             self._queue += buffers
             if not self._waiting:
                 self._push()

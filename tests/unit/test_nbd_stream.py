@@ -67,6 +67,25 @@ def test_one_recv_brings_the_whole_batch(pair: tuple[socket.socket, socket.socke
     assert not receiver.cut
 
 
+def test_a_cut_packet_makes_one_batch_with_what_follows(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    sink = Framed()
+    receiver = Receiver(theirs, sink.consume, sink.need)
+    payloads = [bytes([n]) * 100 for n in range(32)]
+    stream = framed(payloads)
+    before = 10 * 106 + 50
+    ours.sendall(stream[:before])
+    assert receiver.receive() == before
+    assert receiver.cut
+    ours.sendall(stream[before : before + 20])  # of the same packet, and still not its end
+    assert receiver.receive() == 20
+    ours.sendall(stream[before + 20 :])
+    assert receiver.receive() == len(stream) - before - 20
+    assert sink.batches == [10, 22]
+    assert sink.payloads == payloads
+    assert not receiver.cut
+
+
 def test_nothing_there_and_end_of_stream(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     sink = Framed()
