@@ -53,10 +53,10 @@ def parse_run(
 ):
     cdef Py_buffer data
     cdef Py_ssize_t header = EXTENDED_SIZE if extended else REQUEST_SIZE
-    cdef uint64_t head, offset, length, last_head = 0
+    cdef uint64_t head, offset, length, last_head = 0, known_length = 0
     cdef uint32_t short_length
     cdef const char *p
-    cdef object r, found = None, op, flags, zero = 0, payload
+    cdef object r, found = None, op, flags, zero = 0, payload, py_length = zero
     cdef long long kind
     PyObject_GetBuffer(view, &data, PyBUF_SIMPLE)
     try:
@@ -84,18 +84,20 @@ def parse_run(
             if kind == OP_WRITE:
                 if <uint64_t>(data.len - at - header) < length:
                     break
-                payload = view[at + header : at + header + <Py_ssize_t>length]
+                payload = part_of(view, at + header, <Py_ssize_t>length)
             elif room > 0:
                 payload = None
             else:
                 break
             memcpy(&head, p + 8, 8)
+            if length != known_length:  # most are of one length, and share the number
+                known_length = py_length = length
             r = new_slotted(REQUEST)
             slot_set(r, _op, op)
             slot_set(r, _volume, volume)
             slot_set(r, _area, zero)
             slot_set(r, _offset, offset)
-            slot_set(r, _length, length)
+            slot_set(r, _length, py_length)
             slot_set(r, _payload, payload)
             slot_set(r, _flags, flags)
             slot_set(r, _error, zero)

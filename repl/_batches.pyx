@@ -261,10 +261,10 @@ def leave_log(list requests, Py_ssize_t at, long long volume, dict refs, dict in
 def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, list disk):
     cdef Py_buffer data
     cdef Wire p
-    cdef long long count = 0, received = 0, last = 0, length
+    cdef long long count = 0, received = 0, last = 0, length, known_length = 0
     cdef uint64_t sector
     cdef uint32_t dp
-    cdef object w, op = OP_WRITE, zero = 0, fua = FLAG_FUA, py_volume = volume
+    cdef object w, op = OP_WRITE, zero = 0, fua = FLAG_FUA, py_volume = volume, py_length = zero
     PyObject_GetBuffer(view, &data, PyBUF_SIMPLE)
     try:
         while data.len - at >= HEAD:
@@ -278,13 +278,15 @@ def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, l
                 or dp & ~<uint32_t>(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)
             ):
                 break
+            if length != known_length:  # most are of one length, and share the number
+                known_length = py_length = length
             w = new_slotted(PEER_WRITE)
             slot_set(w, _op, op)
             slot_set(w, _volume, py_volume)
             slot_set(w, _area, zero)
             slot_set(w, _offset, sector << 9)
-            slot_set(w, _length, length)
-            slot_set(w, _payload, view[at + HEAD : at + HEAD + length])
+            slot_set(w, _length, py_length)
+            slot_set(w, _payload, part_of(view, at + HEAD, length))
             slot_set(w, _flags, fua if dp & DP_FUA else zero)
             slot_set(w, _error, zero)
             slot_set(w, w_sector, sector)

@@ -40,6 +40,22 @@ cdef extern from *:
         Py_XDECREF(old);
     }
 
+    /* view[at : at + n] of a memoryview of bytes, without a slice object and two numbers for it. */
+    static inline PyObject *part_of(PyObject *view, Py_ssize_t at, Py_ssize_t n) {
+        PyObject *part = PyMemoryView_FromObject(view);
+        if (part) {
+            Py_buffer *bytes = PyMemoryView_GET_BUFFER(part);
+            if (bytes->ndim != 1 || bytes->itemsize != 1 || bytes->strides[0] != 1) {
+                PyErr_SetString(PyExc_ValueError, "payloads are parts of plain bytes");
+                Py_CLEAR(part);
+            } else {
+                bytes->buf = (char *)bytes->buf + at;
+                bytes->len = bytes->shape[0] = n;
+            }
+        }
+        return part;
+    }
+
     static inline PyObject *new_slotted(PyObject *type) {
         return PyType_GenericAlloc((PyTypeObject *)type, 0);
     }
@@ -47,6 +63,7 @@ cdef extern from *:
     Py_ssize_t slot_offset(object descr) except -1
     object slot_get(object o, Py_ssize_t at)
     void slot_set(object o, Py_ssize_t at, object value)
+    object part_of(object view, Py_ssize_t at, Py_ssize_t n)
     object new_slotted(object type)
     uint16_t be16(uint16_t x) nogil
     uint32_t be32(uint32_t x) nogil
