@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -142,3 +143,36 @@ def test_the_twins_agree_on_their_limits() -> None:
     for name in ("SHORT_BYTES_MAX", "SHORT_OPS_MAX", "SLOW_S"):
         assert getattr(TWINS[0], name) == getattr(TWINS[1], name)
     assert isinstance(TWINS[1].n_waits(), int)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_what_is_received_stands_behind_what_has_begun(twin: ModuleType) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            twin.receive(theirs.fileno(), b"begun", 100)
+        ours.sendall(b"received")
+        assert twin.receive(theirs.fileno(), b"begun, ", 5) == b"begun, recei"
+        assert twin.receive(theirs.fileno(), memoryview(b""), 100) == b"ved"
+        ours.close()
+        assert twin.receive(theirs.fileno(), b"begun", 100) == b"begun"
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        twin.receive(-1, b"", 100)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_what_a_socket_does_not_take_is_left_over(twin: ModuleType) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        pieces = [b"header", memoryview(b"payload")[:3], bytearray(b"!"), b""] * 256
+        assert twin.send(ours.fileno(), pieces) == 0
+        assert theirs.recv(10_000, socket.MSG_WAITALL | socket.MSG_PEEK)[:20] == b"headerpay!headerpay!"
+        assert len(theirs.recv(10_000)) == 2560
+        left = twin.send(ours.fileno(), [bytes(64 << 20)])
+        assert 0 < left < 64 << 20
+        assert twin.send(ours.fileno(), [b"nothing", b" more"]) == 12
+        theirs.close()
+        with pytest.raises(OSError, match=os.strerror(errno.EPIPE)):
+            twin.send(ours.fileno(), [b"anybody?"])
