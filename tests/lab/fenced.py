@@ -1,8 +1,9 @@
-"""Two hosts that run Tandem, and the switch of their power: what STONITH needs, without a kernel's DRBD.
+"""Two hosts that run Tandem, and the switch of their power: what fencing needs, without a kernel's DRBD.
 
 The switch is on each host's control network, apart from the `lan` that carries the replication: a host asks it through
 an agent of its own kind, called by `tandem-fence-peer`. It is honest as a real one is: what a host without power
-had asked for is not done, and one request is carried out after the other.
+had asked for is not done, and one request is carried out after the other. With `resource-only` nobody is shot: on the
+same network the peer is told to outdate its disk.
 """
 
 from __future__ import annotations
@@ -34,9 +35,27 @@ read -r answer <&3 || exit 1
 [ "$answer" = "$action" ] || [ "$answer" = on ]
 """
 
+OUTDATE: Final = f"""#!/bin/bash
+for try in {{1..60}}; do  # a peer that believes to be connected is not outdated yet
+    exec 3<> "/dev/tcp/$(ip route | grep -o '10\\.78\\.[0-9]*' | head -n 1).254/{SWITCH_PORT}" || exit 1
+    echo "outdate $DRBD_PEERS" >&3
+    read -r answer <&3 || exit 1
+    case $answer in
+        Outdated) exit 4;;
+        off) exit 5;;
+        Primary) exit 6;;
+    esac
+    sleep 1
+done
+exit 1
+"""
+
 
 class Switch:
-    """The hosts' power, asked over TCP: ``off NAME`` or ``status NAME``; *done* lists who cut whose power."""
+    """The hosts' power, asked over TCP: ``off NAME`` or ``status NAME``; *done* lists who cut whose power.
+
+    ``outdate NAME`` has the disk of NAME outdated; the answer is the state of the disk, or that NAME is Primary or off.
+    """
 
     def __init__(self, hosts: list[Host], cut: Callable[[Host], None]) -> None:
         self.hosts = {host.name: host for host in hosts}
@@ -69,7 +88,15 @@ class Switch:
                     self.done.append((asker.name, name))
                     self._cut(self.hosts[name])
                 state = "on" if self.hosts[name].guest.running else "off"
+                if action == "outdate" and state == "on":
+                    state = self._outdated(self.hosts[name])
             sock.sendall(f"{state}\n".encode())
+
+    def _outdated(self, host: Host) -> str:
+        if host.state().role != "Primary":
+            host.adm("outdate", RES, check=False)
+        state = host.state()
+        return state.role if state.role == "Primary" else state.disk
 
 
 class Fenced:
@@ -85,17 +112,24 @@ class Fenced:
         agent = shared / "fence_switch"
         agent.write_text(AGENT)
         agent.chmod(0o755)
+        outdate = shared / "outdate_peer"
+        outdate.write_text(OUTDATE)
+        outdate.chmod(0o755)
         for host in self.hosts:
             peer = self.peer_of(host)
             (shared / f"fence-{host.name}.conf").write_text(
                 f"[{peer.name}]\nagent = /shared/fence_switch\nhost = {peer.name}\n"
                 f"switch = 10.78.{host.guest.number}.254\nswitch_port = {SWITCH_PORT}\n"
             )
-        self.config = self._text()
+        self.config = self._text(
+            "resource-and-stonith",
+            "test -e /shared/lie && exit 7; tandem-fence-peer -f /shared/fence-$(uname -n).conf",
+        )
+        self.resource_only = self._text("resource-only", "/shared/outdate_peer")
         self.config_file = shared / "drbd.conf"
         self.lie = shared / "lie"  # while it is there, the handlers say that they have fenced, and do nothing
 
-    def _text(self) -> str:
+    def _text(self, policy: str, handler: str) -> str:
         sections = "".join(
             f"  on {host.name} {{ address {host.address}:7788; volume 0 {{"
             f" device nbd://{host.guest.control}:{NBD_PORT}/{RES}; disk /dev/ubda; meta-disk internal; }} }}\n"
@@ -103,9 +137,8 @@ class Fenced:
         )
         return (
             f"resource {RES} {{\n  net {{ timeout 30; ping-int 2; ping-timeout 20; connect-int 2; }}\n"
-            "  disk { fencing resource-and-stonith; c-plan-ahead 0; resync-rate 200M; }\n"
-            '  handlers { fence-peer "test -e /shared/lie && exit 7; '
-            'tandem-fence-peer -f /shared/fence-$(uname -n).conf"; }\n' + sections + "}\n"
+            f"  disk {{ fencing {policy}; c-plan-ahead 0; resync-rate 200M; }}\n"
+            f'  handlers {{ fence-peer "{handler}"; }}\n{sections}}}\n'
         )
 
     def peer_of(self, host: Host) -> Host:
@@ -115,12 +148,19 @@ class Fenced:
 
     def prepare(self) -> None:
         """Both on and in sync, cables in, anna Primary: as the last test left them, or made anew."""
-        self.config_file.write_text(self.config)
         if not all(host.guest.running and host.state().cs == "Connected" for host in self.hosts):
+            self.config_file.write_text(self.config)
             self._make()
+        self.configure(self.config)
         self.bert.adm("secondary", RES)
         self.anna.adm("primary", RES)
         self.switch.done.clear()
+
+    def configure(self, text: str) -> None:
+        """Give both hosts, which are on, this configuration."""
+        self.config_file.write_text(text)
+        for host in self.hosts:
+            host.adm("adjust", RES)
 
     def _make(self) -> None:
         for host in self.hosts:

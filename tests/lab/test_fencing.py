@@ -1,4 +1,4 @@
-"""Power cuts and partitions with resource-and-stonith: exactly one side writes, and what was acknowledged survives."""
+"""Power cuts and partitions with fencing: exactly one side writes, and what was acknowledged survives."""
 
 from __future__ import annotations
 
@@ -51,6 +51,30 @@ def test_the_power_of_both_is_cut(fenced: Fenced) -> None:
         wait_state(host, cs="Connected", disk="UpToDate", pdsk="UpToDate")
     bert.adm("primary", RES)
     fenced.check(bert)
+    fenced.equal()
+
+
+@pytest.mark.parametrize("first", ["anna", "bert"])
+def test_the_power_of_both_is_cut_and_one_returns(fenced: Fenced, first: str) -> None:
+    """It cannot know whether the other went on without it: it shoots nobody, and waits for the other one."""
+    anna, bert = fenced.hosts
+
+    def blackout() -> None:
+        for host in (anna, bert):
+            fenced.power_cut(host)
+
+    assert not fenced.write(anna, 600, blackout, flags=CmdFlag.FUA)
+    back = anna if first == "anna" else bert
+    back.boot()
+    back.adm("up", RES)
+    wait_state(back, cs="WFConnection", disk="Consistent")
+    assert back.adm("primary", RES, check=False).rc == 17
+    assert fenced.switch.done == [] and back.state().role == "Secondary"
+    fenced.comes_back(fenced.peer_of(back))
+    for host in fenced.hosts:
+        wait_state(host, cs="Connected", disk="UpToDate", pdsk="UpToDate")
+    back.adm("primary", RES)
+    fenced.check(back)
     fenced.equal()
 
 
@@ -139,3 +163,36 @@ def test_a_split_brain_is_met(fenced: Fenced) -> None:
     anna.adm("connect", RES)
     fenced.same()
     fenced.check(anna)
+
+
+# --------------------------------------------------------------------------------------- resource-only
+
+
+def test_resource_only_outdates_the_peer_and_nobody_waits(fenced: Fenced) -> None:
+    """The cable is pulled, and the cluster wants the Secondary as Primary, too: it gives way to the Primary."""
+    anna, bert = fenced.hosts
+    fenced.configure(fenced.resource_only)
+    assert fenced.write(anna, 600, lambda: part(fenced, "both"))
+    wait_state(bert, cs="WFConnection")
+    refused = bert.adm("primary", RES, check=False)
+    assert refused.rc != 0 and bert.state().role == "Secondary"
+    wait_state(anna, role="Primary", disk="UpToDate", pdsk="Outdated")
+    wait_state(bert, disk="Outdated")
+    assert fenced.write(anna, 100)
+    heal(fenced)
+    fenced.connected()
+    fenced.check(anna)
+    fenced.equal()
+    assert fenced.switch.done == [], "nobody was shot"
+
+
+def test_resource_only_a_peer_that_cannot_be_reached(fenced: Fenced) -> None:
+    """The Secondary's power is cut: it counts as Outdated, as it is not UpToDate when it comes back."""
+    anna, bert = fenced.hosts
+    fenced.configure(fenced.resource_only)
+    assert fenced.write(anna, 600, lambda: fenced.power_cut(bert))
+    wait_state(anna, role="Primary", pdsk="Outdated")
+    assert fenced.write(anna, 100)
+    fenced.comes_back(bert)
+    fenced.check(anna)
+    fenced.equal()
