@@ -169,7 +169,7 @@ def _sequences(e: Engine, vol: Volume, old: State, new: State) -> None:
     resync = e.resync
     if new.conn != C.WF_SYNC_UUID:
         vol.untouched = new.conn == C.STARTING_SYNC_T and old.disk == D.UP_TO_DATE
-    if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and (vol.target or vol.source):
+    if old.conn > C.CONNECTED and new.conn <= C.CONNECTED:
         resync.aborted(vol)
     if old.conn > C.CONNECTED and new.conn <= C.CONNECTED and vol.verify:
         e.verify.aborted(vol)

@@ -549,7 +549,7 @@ class Link:
             if cmd == Packet.RS_WRITE_ACK:
                 e.resync.source.block_acked(vol, sector, size)
             elif cmd == Packet.NEG_ACK:
-                e.resync.source.block_refused(vol, size)
+                e.resync.source.block_refused(vol, sector, size)
         elif cmd in _WRITE_ANSWERS:
             r = e.log.inflight.pop(block_id, None)
             if r is None or isinstance(r, PeerFlush):

@@ -169,7 +169,14 @@ class Resync:
         self.e.write_superblock(vol, None)
         self.e.run_handler("before-resync-target", vol, handler_done)
 
+    def _next_run(self, vol: Volume) -> None:
+        """Blocks that were asked for so far do not count for the next resync, whenever they are answered."""
+        vol.rs_late = vol.rs_late | vol.rs_replied if self.e.link.ticket else set()
+        vol.rs_replied = set()
+        vol.rs_run += 1
+
     def _begin(self, vol: Volume) -> None:
+        self._next_run(vol)
         vol.rs_total = vol.bitmap.weight
         vol.rs_failed = 0
         vol.rs_started = self.e.now
@@ -193,6 +200,7 @@ class Resync:
         """The connection or a disk went: forget the run; the bits stay."""
         run, vol.target, vol.source = vol.target, None, None
         vol.target_done = False
+        self._next_run(vol)
         if run is not None:
             for lock in run.out.values():
                 for wake in vol.intervals.remove(lock):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+Asked = tuple[int, int]  # on which connection, in which resync
+
+
 class SourceRun:
     """A volume's resync as source."""
 
@@ -57,12 +60,17 @@ class Source:
             if vol.source is not None:
                 vol.source.asked = True
             self.e.write_superblock(vol, None)
-        link = self.e.link.ticket
+        asked = (self.e.link.ticket, vol.rs_run)
+        self._read(asked, vol, sector, block_id, size, digest, thin)
+
+    def _read(
+        self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
+    ) -> None:
         offset = sector << 9
         blocker = vol.intervals.blocker(offset, size)
         if blocker is not None:
             vol.intervals.wait(
-                blocker, lambda: self._serve_later(link, vol, sector, block_id, size, digest, thin)
+                blocker, lambda: self._read_later(asked, vol, sector, block_id, size, digest, thin)
             )
             return
         lock = Lock(offset, size)
@@ -70,27 +78,31 @@ class Source:
         vol.n_local += 1
         self.e.out.disk.append(
             CallbackOp(Op.READ, vol.number, offset, size, None, IF_HOLE if thin else 0, DATA,
-                       lambda op: self._served(link, vol, lock, block_id, op, digest, thin))
+                       lambda op: self._served(asked, vol, lock, block_id, op, digest, thin))
         )  # fmt: skip
 
-    def _serve_later(
-        self, link: int, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
+    def _read_later(
+        self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
     ) -> None:
-        if link == self.e.link.ticket and vol.state.connected:
-            self.serve(vol, sector, block_id, size, digest, thin)
+        if asked[0] != self.e.link.ticket or not vol.state.connected:
+            return
+        if vol.state.disk == DiskState.UP_TO_DATE:
+            self._read(asked, vol, sector, block_id, size, digest, thin)
+        else:
+            self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
 
     def _served(
-        self, link: int, vol: Volume, lock: Lock, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
+        self, asked: Asked, vol: Volume, lock: Lock, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
     ) -> None:
         vol.n_local -= 1
         waiters = vol.intervals.remove(lock)
         sector, size = lock.offset >> 9, lock.length
-        if link == self.e.link.ticket and vol.state.connected:
+        if asked[0] == self.e.link.ticket and vol.state.connected:
             if op.error:
                 self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
                 vol.rs_failed += size >> 12
-            else:
-                self._reply(vol, sector, block_id, op, digest, thin)
+            elif self._reply(vol, sector, block_id, op, digest, thin):
+                (vol.rs_replied if asked[1] == vol.rs_run else vol.rs_late).add(sector)
         if op.error:
             self.e.disks.failed(vol, op.error or errno.EIO, write=False)
         for wake in waiters:
@@ -99,34 +111,45 @@ class Source:
 
     def _reply(
         self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
-    ) -> None:
+    ) -> bool:
+        """Send what was read. Will the target answer? Not where it has the same already."""
         if thin and (op.payload is None or _all_zero(op.payload)):
             self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, sector, op.length))
-            return
+            return True
         assert op.payload is not None
         vol.bytes_read += op.length
         if digest is not None and self.e.csums is not None and self.e.csums(op.payload) == digest:
             self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, sector, block_id, op.length)
             vol.set_in_sync(op.offset, op.length)
-            return
+            return False
         check = self.e.integrity(op.payload) if self.e.integrity else b""
         self.e.out.data += (
             pack_data(Packet.RS_DATA_REPLY, vol.number, sector, block_id, 0, 0, op.length, check),
             op.payload,
         )
         vol.bytes_sent += op.length
+        return True
 
     def block_acked(self, vol: Volume, sector: int, size: int) -> None:
         """P_RS_WRITE_ACK with the syncer's id: the target has the block.
 
         From a target that has given up its disk meanwhile this says nothing of what we wrote there since.
         """
-        if vol.state.pdsk >= DiskState.INCONSISTENT:
+        if not self._late(vol, sector) and vol.state.pdsk >= DiskState.INCONSISTENT:
             vol.set_in_sync(sector << 9, size)
 
-    def block_refused(self, vol: Volume, size: int) -> None:
+    def block_refused(self, vol: Volume, sector: int, size: int) -> None:
         """P_NEG_ACK with the syncer's id: the target could not write it."""
-        vol.rs_failed += max(size >> 12, 1)
+        if not self._late(vol, sector):
+            vol.rs_failed += max(size >> 12, 1)
+
+    def _late(self, vol: Volume, sector: int) -> bool:
+        """Is this the answer to a block of a resync that was given up since? Each block is answered once, in order."""
+        if sector in vol.rs_late:
+            vol.rs_late.remove(sector)
+            return True
+        vol.rs_replied.discard(sector)
+        return False
 
     def before_ping_ack(self, then: Callable[[], None]) -> None:
         """The peer pings, and our answer may be what its resync waits for: *then* may end without our hearing.

@@ -194,12 +194,15 @@ class Target:
         self, vol: Volume, run: TargetRun, sector: int, lock: Lock, payload: memoryview | None, op: int
     ) -> None:
         held = Lock(lock.offset, lock.length)
+        link = self.e.link.ticket
         run.in_holes = op == Op.ZEROES
 
         def start() -> None:
             if vol.target is not run or not vol.local:
                 if vol.target is run and sector in run.out:
                     self._target_failed(vol, run, sector, lock)
+                else:
+                    self._given_up(vol, link, sector, lock)
                 vol.peer_intervals.leave(held)
                 return
             vol.n_local += 1
@@ -209,13 +212,18 @@ class Target:
                 flags = MAY_UNMAP if vol.config.disk_options.rs_discard_granularity else MAY_UNMAP | IF_HOLE
             self.e.out.disk.append(
                 CallbackOp(op, vol.number, lock.offset, lock.length, payload, flags, DATA,
-                           lambda done: self._block_written(vol, run, sector, lock, held, done))
+                           lambda done: self._block_written(vol, run, link, sector, lock, held, done))
             )  # fmt: skip
 
         vol.peer_intervals.enter(held, start)
 
+    def _given_up(self, vol: Volume, link: int, sector: int, lock: Lock) -> None:
+        """A block of a resync that is no more: the source counts on one answer to each all the same."""
+        if link == self.e.link.ticket:
+            self.e.send_ack(Packet.NEG_ACK, vol, sector, ID_SYNCER, lock.length)
+
     def _block_written(
-        self, vol: Volume, run: TargetRun, sector: int, lock: Lock, held: Lock, op: DiskOp
+        self, vol: Volume, run: TargetRun, link: int, sector: int, lock: Lock, held: Lock, op: DiskOp
     ) -> None:
         vol.n_local -= 1
         self.e.replica.n_active -= 1
@@ -229,6 +237,8 @@ class Target:
                 vol.set_in_sync(lock.offset, lock.length)
                 self.e.send_ack(Packet.RS_WRITE_ACK, vol, sector, ID_SYNCER, lock.length)
                 self._target_release(vol, run, sector)
+        else:
+            self._given_up(vol, link, sector, lock)
         vol.peer_intervals.leave(held)
         self.e.replica_progressed()
         self.progressed(vol)

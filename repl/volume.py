@@ -113,6 +113,9 @@ class Volume:
         self.verify: VerifyRun | None = None
         self.verify_range = (0, 0)  # sectors an operator's verify begins and stops at; 0: the end
         self.rs_failed = 0  # bits
+        self.rs_replied: set[int] = set()  # sectors of blocks sent to the target, which has not answered them
+        self.rs_run = 0  # counts resyncs, and the times between them
+        self.rs_late: set[int] = set()  # of a resync that was given up on this connection; the answers still come
         self.rs_total = 0  # bits
         self.rs_started = 0.0
         self.rs_paused_s = 0.0

@@ -381,18 +381,18 @@ class Checks:
             if not here:
                 self.fail("1 answers", f"{write!r} was answered, it is on neither disk: {vol.state}")
             return  # written just before the disk failed; the log on that disk marks it
-        unmarked = [s for s in write.sectors if not vol.bitmap.any(s >> 3, (s >> 3) + 1)]
         peer = self.w.peer_of(node)
+        bitmaps = [vol.bitmap]  # a resync's target keeps its bit until its own disk has the block
+        if peer.engine is not None and peer.connected:
+            bitmaps.append(peer.engine.volumes[write.volume].bitmap)
+        unmarked = [s for s in write.sectors if not any(b.n_bits and b.any(s >> 3, (s >> 3) + 1) for b in bitmaps)]
         if self.w.ledgers[write.volume].holds(write, self.reader(peer, write.volume), unmarked):
             return  # a resync has brought it some blocks of a write whose answer was held back
         if vol.mirror:
             self.fail("1 answers", f"{write!r} was answered, the peer does not have it: {vol.state}")
         for extent in range(write.first >> 13, ((write.first + write.n - 1) >> 13) + 1):
             if extent not in vol.al.refs:
-                self.fail(
-                    "1 answers",
-                    f"{write!r} was answered, the peer lacks it and it is not marked: {vol.state}",
-                )
+                self.fail("1 answers", f"{write!r} was answered, the peer lacks it and it is not marked: {vol.state}")
 
     def _check_alone(self, node: Node, write: Write) -> None:
         """Rules 7 and 8: what a primary without its peer must have done before it answers."""

@@ -17,6 +17,7 @@ from tandem.repl.uuids import UuidSet
 from tandem.repl.wire import (
     ID_SYNCER,
     Packet,
+    Uuids,
     pack_ack,
     pack_block_desc,
     pack_block_req,
@@ -312,6 +313,39 @@ def test_an_ack_of_a_disk_that_was_given_up_clears_nothing() -> None:
     lone.data(pack_state_change(0x1E00, DiskState.FAILED << 9, 0, False))
     lone.meta(rs_ack(0, 4))
     assert lone.state.pdsk == DiskState.FAILED and lone.vol.bitmap.weight == 4
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("kind", [P.RS_WRITE_ACK, P.NEG_ACK])
+def test_a_late_ack_of_a_resync_that_was_given_up_does_not_count_for_the_next(kind: Packet, behind: bool) -> None:
+    """The disk left and came back on the same connection; what it answers on the other socket is older."""
+    lone = Lone().source((0, 4))
+    leaves = pack_state_change(0x1E00, DiskState.FAILED << 9, 0, False)
+    lone.data(*((leaves, request(0, 4)) if behind else (request(0, 4), leaves)))
+    lone.settle()
+    assert lone.sent(P.RS_DATA_REPLY) == [P.RS_DATA_REPLY]
+    lone.data(peer_state(lone, disk=DiskState.DISKLESS))
+    lone.data(Uuids(SYNC_UUID, 0, 0, 0, 4, 0).pack(0), peer_state(lone, disk=DiskState.NEGOTIATING))
+    assert lone.conn() == ConnState.WF_BITMAP_S
+    lone.data(lone.bitmap_packets((0, 4)))
+    lone.settle()
+    assert lone.conn() == ConnState.SYNC_SOURCE
+    lone.meta(rs_ack(0, 4, kind))
+    assert lone.vol.bitmap.weight == 4 and lone.vol.rs_failed == 0
+    lone.data(request(0, 4))
+    lone.settle()
+    lone.meta(rs_ack(0, 4))
+    assert lone.vol.bitmap.weight == 0
+
+
+def test_a_block_of_a_resync_that_was_given_up_is_answered_when_it_is_on_the_disk() -> None:
+    lone = Lone().target((0, 4))
+    lone.data(reply(0, 4))
+    (write,) = [op for op in lone.disk if op.op == Op.WRITE and not op.area]
+    lone.data(peer_state(lone, disk=DiskState.DISKLESS))
+    assert lone.conn() == ConnState.CONNECTED
+    lone.answer(write)
+    assert len(lone.payloads(P.NEG_ACK)) == 1 and lone.sent(P.RS_WRITE_ACK) == []
 
 
 def test_a_write_waits_while_its_block_is_read_and_follows_the_reply() -> None:
