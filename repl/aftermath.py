@@ -64,8 +64,6 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
     if new.connected and vol.al_suspended:
         vol.al_suspended = False
         vol.refresh()
-    if new.connected and not old.connected:
-        vol.sync_ending = False  # the handshake has told us how it ended
     target_may_have_ended = vol.end_unknown and old.connected and not new.connected
     free = not vol.uuids.bitmap and vol.unproven is None
     if new.disk == D.UP_TO_DATE and (free or target_may_have_ended):

@@ -322,6 +322,7 @@ class Peer:
         vol.peer_uuids = decision.peer
         if decision.conn is None:
             return self._abort(vol, ps, decision)
+        vol.sync_ending = False  # its generations have told us how our last resync ended
         if decision.full_sync:
             e.disks.set_all(vol, None)
         if decision.conn == ConnState.CONNECTED and vol.bitmap.weight and vol.state.disk > DiskState.INCONSISTENT:

@@ -559,3 +559,31 @@ def test_a_source_that_was_asked_for_a_full_sync_remembers_it_while_its_handler_
     lone.settle()
     assert lone.conn() == ConnState.SYNC_SOURCE and lone.vol.uuids.bitmap == sync_uuid
     assert lone.payloads(P.SYNC_UUID) == [sync_uuid.to_bytes(8, "big")]
+
+
+def may_have_ended() -> Lone:
+    """A source whose link went when its target could just have finished."""
+    lone = Lone().source((5, 6), primary=False)
+    lone.meta(rs_ack(5), packet(P.PING))
+    lone.settle()
+    assert lone.sent(P.PING_ACK)
+    lone.handle(LinkLost(lone.engine.link.ticket, "reset"))
+    lone.settle()
+    assert lone.vol.end_unknown
+    return lone
+
+
+def test_a_peer_without_a_disk_does_not_tell_how_a_resync_ended() -> None:
+    """It may have finished, and come back with data as good as ours."""
+    lone = may_have_ended()
+    current = lone.vol.uuids.current
+    lone.connect(replace(PEER_SECONDARY, disk=DiskState.DISKLESS))
+    lone.primary()
+    assert lone.vol.uuids.current & ~1 != current & ~1, "what is written now must be newer"
+
+
+def test_a_peers_generations_tell_how_a_resync_ended() -> None:
+    lone = may_have_ended()
+    u = lone.vol.uuids
+    lone.connect(uuids=(u.current, 0, u.bitmap, u.history0))
+    assert lone.conn() == ConnState.WF_BITMAP_S and not lone.vol.end_unknown
