@@ -97,6 +97,8 @@ class Conflicts:
         if cmd == Packet.RETRY_WRITE:
             r.legs |= POSTPONED
             self.postponed.append(r)
+            if not self.e.volumes[r.volume].local:
+                self._due.append(r)  # the resolver's was refused without waiting for ours: we have no disk
             self.e.mirror.peer_let_go(r, finished)
         else:
             self.e.mirror.peer_acked(r, False, finished)
@@ -105,7 +107,7 @@ class Conflicts:
         """The resolver's write *w* was answered: what it stood against is sent as new."""
         self._due += [
             r for r in self.postponed
-            if r.volume == vol.number and _overlap(r, w) and not r.waiting and r not in self._due
+            if r.volume == vol.number and _overlap(r, w) and r not in self._due
         ]  # fmt: skip
         self.send_again(vol)
 
@@ -116,7 +118,7 @@ class Conflicts:
         """
         if not self._due or self.e.mirror.holds_back(vol):
             return
-        for r in [r for r in self._due if r.volume == vol.number]:
+        for r in [r for r in self._due if r.volume == vol.number and not r.waiting]:
             self._due.remove(r)
             self.postponed.remove(r)
             r.legs &= AL_REF

@@ -443,6 +443,8 @@ class Mirror:
         self.answer(vol, [r for r in requests if not r.legs & POSTPONED] if postponed else requests)
         for wake in waiters:
             wake()
+        if postponed:
+            self.e.conflicts.send_again(vol)
 
     def _settle(self, vol: Volume, r: Request) -> None:
         """A write that did not simply reach both disks: its bits, and its error."""

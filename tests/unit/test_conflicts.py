@@ -278,6 +278,28 @@ def test_a_postponed_write_is_held_back_by_a_suspension_like_any_other() -> None
     assert lone.answered(ticket) == "done" and lone.done == [r] and r.error == 0 and lone.vol.bitmap.weight == 0
 
 
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_a_postponed_write_of_a_node_that_lost_its_disk_is_sent_again(told: str) -> None:
+    """The resolver's write is refused at once then, perhaps before ours is off the disk, or before we are told."""
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.answer(*(op for op in lone.disk if op is not r))
+    assert r in lone.disk
+    lone.engine.disks.failed(lone.vol, 5, write=True)
+    lone.take()
+    if told == "before":
+        lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    lone.data(theirs(0, 8, 1))
+    assert "NEG_ACK" in acks(lone)
+    if told == "after":
+        lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    assert len(lone.payloads(P.DATA)) == 1
+    lone.answer(r)
+    assert len(lone.payloads(P.DATA)) == 2
+    lone.meta(their_ack(r, 3))
+    assert lone.done == [r] and r.error == 0
+
+
 def test_a_lost_connection_answers_what_was_postponed() -> None:
     lone = dual(resolver=False)
     r = lone.submit(Op.WRITE, 0, 8192)
