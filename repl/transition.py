@@ -431,6 +431,10 @@ def change(old: State, new: State, facts: Facts, *, hard: bool = False) -> State
 
 def _soft(old: State, new: State, facts: Facts) -> int:
     code = admissible(new, facts)
+    if code != Code.OK and _primary(new) and not _primary(old):
+        # No step out of anything: what is wrong already hides nothing else that is wrong with it.
+        known = {row.code for row in _ADMISSIBLE if row.when(old, facts)}
+        code = next((row.code for row in _ADMISSIBLE if row.code not in known and row.when(new, facts)), Code.OK)
     if code != Code.OK and admissible(old, facts) != code:
         return code
     return allowed(old, new, facts)

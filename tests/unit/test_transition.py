@@ -134,6 +134,14 @@ def test_b_is_waived_where_the_old_state_violates_it_already() -> None:
     assert isinstance(refused, Refusal) and refused.code == -2
 
 
+def test_b_is_asked_of_a_promotion_whatever_else_is_wrong() -> None:
+    """Outdated, and connected to a peer that has just lost its disk: -6 says nothing about being Primary there."""
+    old = State(S, S, C.CONNECTED, OUT, FAILED)
+    refused = change(old, replace(old, role=P), FACTS)
+    assert isinstance(refused, Refusal) and refused.code == -2
+    assert isinstance(change(old, replace(old, conn=C.DISCONNECTING), FACTS), State)
+
+
 def test_fencing_is_the_policy_of_a_usable_local_disk() -> None:
     old = State(P, S, C.CONNECTED, UP, UP)
     refused = change(old, replace(old, conn=C.DISCONNECTING), RESOURCE_ONLY)
