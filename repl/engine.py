@@ -64,6 +64,7 @@ RETRY_S = 1.0  # after a handshake that failed on our side, before trying again
 LINGER_S = 0.5  # how long a last answer may take to leave
 _REQUESTS = {Request}
 _PEER_WRITES = {PeerWrite}
+_FAILED = DiskState.FAILED  # to look up a member of an enum costs as much as a call
 NOTHING = Outbox()  # what `take` returns, the same each time, when there is nothing to do
 
 
@@ -170,7 +171,7 @@ class Engine:
         if mine:
             self.mirror.local_done(mine)
         for vol in self.volumes.values():
-            if vol.state.disk == DiskState.FAILED:
+            if vol.state.disk == _FAILED:
                 self.disks.local_idle(vol)
         if self._awaited:
             self._look()

@@ -62,6 +62,7 @@ CHALLENGE_LEN: Final = 64
 OUR_MARK: Final = b"Tandem\0\1"
 MARK_AT: Final = HEADER80 + 16
 MAX_RATE: Final = 4194304  # KiB/s; what "unlimited" is on the wire
+_DATA: Final = int(Packet.DATA)  # to look up a member of an enum costs as much as a call
 
 # Parameter packets of a volume this node does not have are read and ignored.
 PARAMETERS: Final = frozenset((Packet.SYNC_PARAM89, Packet.SIZES, Packet.UUIDS, Packet.STATE))
@@ -274,7 +275,7 @@ class Link:
                 break
             volume, cmd, length = parse_header(view, at)
             vol = self.e.volumes.get(volume)
-            if cmd == Packet.DATA and vol is not None and self.e.replica.plain(vol):
+            if cmd == _DATA and vol is not None and self.e.replica.plain(vol):
                 end = self.e.replica.receive_run(vol, view, at)
                 if end != at:
                     at = end

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+# To look up a member of an enum costs as much as a call.
+_CONNECTED: Final = ConnState.CONNECTED
+_INCONSISTENT: Final = DiskState.INCONSISTENT
+
 PAUSE_FACTOR: Final = 10  # pause this many times as long as the last flush took
 PAUSE_MIN_S: Final = 0.02
 PAUSE_MAX_S: Final = 1.0  # far below the 42 s after which a peer gives up on a missing barrier ack
@@ -90,7 +94,7 @@ class Replica:
         """May `receive_run` be used for this volume now?"""
         return (
             vol.local and not vol.dual and self.stall is None and not self.stalled
-            and vol.state.conn == ConnState.CONNECTED and vol.state.pdsk >= DiskState.INCONSISTENT
+            and vol.state.conn == _CONNECTED and vol.state.pdsk >= _INCONSISTENT
             and self.e.config.net.protocol == "C" and self.e.peer_integrity is None
         )  # fmt: skip
 

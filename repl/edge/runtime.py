@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
 from tandem.repl.config import ResourceConfig
-from tandem.repl.engine import Engine
+from tandem.repl.engine import NOTHING, Engine
 from tandem.repl.errors import Refusal
 from tandem.repl.events import (
     Answer,
@@ -251,16 +251,20 @@ class Runtime:
             if self._fresh:
                 self._fresh = False
                 out = engine.take()
+                if out is NOTHING:
+                    continue
                 if out.data:
                     link.send_data(out.data)
                 if out.meta:
                     link.send_meta(out.meta)
+                if out.done:
+                    n_ops += len(out.done)
+                    finished += out.done
                 ended = disk.start(out.disk) if out.disk else None
                 for effect in out.effects:
                     self._effects[type(effect)](effect)
-                n_ops += len(out.disk) + len(out.done)
-                finished += out.done
                 if ended:
+                    n_ops += len(ended)
                     engine.disk_done(ended)
                     self._fresh = True
             elif self._events:
@@ -279,7 +283,8 @@ class Runtime:
                 break
         if disk.backlog or self._disk_full:
             self._watch_disk()
-        self._look_soon()
+        if not self._looking:
+            self._look_soon()
         if disk.n_out:  # a worker needs the interpreter to end, and takes longer than it is worth waiting
             self._vigil.sleep()
         else:
@@ -299,7 +304,7 @@ class Runtime:
     def _look_soon(self) -> None:
         """Deadlines move with every wake-up, and to ask for them costs as much as the wake-up itself: so
         many wake-ups share one look."""
-        if not self._looking and not self._stopped:
+        if not self._stopped:
             self._looking = True
             self._loop.call_later(LOOK_S, self._look)
 
