@@ -314,8 +314,7 @@ class Peer:
                 decision = decide(self._facts(vol, ps, peer_disk, True))
         for line in decision.log:
             e.note(vol, line)
-        for helper in decision.helpers:
-            e.run_handler(helper, vol, None)
+        self._run_in_turn(decision.helpers, vol)
         if decision.own != vol.uuids:
             vol.uuids = decision.own
             e.write_superblock(vol, None)
@@ -328,6 +327,11 @@ class Peer:
         if decision.conn == ConnState.CONNECTED and vol.bitmap.weight and vol.state.disk > DiskState.INCONSISTENT:
             e.note(vol, f"No resync, but {vol.bitmap.weight} bits in bitmap!")
         return decision.conn, peer_disk
+
+    def _run_in_turn(self, helpers: tuple[str, ...], vol: Volume) -> None:
+        """Each of the handlers begins when the one before it has ended; nothing else waits for them."""
+        if helpers:
+            self.e.run_handler(helpers[0], vol, lambda _: self._run_in_turn(helpers[1:], vol))
 
     def _abort(self, vol: Volume, ps: State, decision: Decision) -> tuple[ConnState, DiskState] | None:
         e = self.e

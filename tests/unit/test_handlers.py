@@ -40,10 +40,15 @@ def alone(**net: Any) -> Lone:
 
 
 def meets(lone: Lone, state: State = RIVAL) -> list[str]:
-    """The names of the handlers when the peer has a history of its own, a longer one."""
+    """The names of the handlers when the peer has a history of its own, a longer one; each ends before the next."""
     lone.connect(state, uuids=(0xB000, GENERATIONS[0], 0, 0), bits=1000)
-    assert all(volume == 0 for _, volume in called(lone))
-    return [name for name, _ in called(lone)]
+    names: list[str] = []
+    while len(called(lone)) > len(names):
+        handler = lone.of(RunHandler)[len(names)]
+        assert len(called(lone)) == len(names) + 1 and isinstance(handler, RunHandler) and handler.volume == 0
+        names.append(handler.name)
+        lone.handle(HandlerExited(handler.ticket, 1))
+    return names
 
 
 def test_a_split_brain_nobody_solves() -> None:
