@@ -160,11 +160,17 @@ class Resync:
                     run.ready = True
                     self.progressed(vol)
 
-            assert vol.meta is not None
-            if vol.full_sync_flag:  # a crash means a full sync anyway
-                durable(True)
-            else:
-                vol.meta.write_changed(durable)
+            def marked(ok: bool) -> None:
+                if not ok or vol.target is not run:
+                    return
+                assert vol.meta is not None
+                if vol.full_sync_flag:  # a crash means a full sync anyway
+                    durable(True)
+                else:
+                    vol.meta.write_changed(durable)
+
+            # Our first request tells the source that a crash leaves us Inconsistent: it need not fence us.
+            self.e.write_superblock(vol, marked)
 
         self.e.write_superblock(vol, None)
         self.e.run_handler("before-resync-target", vol, handler_done)

@@ -587,3 +587,19 @@ def test_a_peers_generations_tell_how_a_resync_ended() -> None:
     u = lone.vol.uuids
     lone.connect(uuids=(u.current, 0, u.bitmap, u.history0))
     assert lone.conn() == ConnState.WF_BITMAP_S and not lone.vol.end_unknown
+
+
+def test_a_target_asks_for_nothing_before_its_superblock_says_inconsistent() -> None:
+    """The source takes its first request for that, and does not fence it any more."""
+    lone = Lone()
+    lone.attach(generations=(0x10, 0, 0, 0))
+    lone.connect(uuids=(0x20, 0x10, 0, 0), bits=1)
+    lone.data(lone.bitmap_packets((5, 6)))
+    lone.settle()
+    lone.data(pack_sync_uuid(SYNC_UUID, 0))
+    assert lone.conn() == ConnState.SYNC_TARGET
+    while others := [op for op in lone.disk if op.offset != lone.layout.superblock]:
+        lone.answer(*others)
+    assert not requests(lone)
+    lone.settle()
+    assert requests(lone) == [(5, 1)]
