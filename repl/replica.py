@@ -60,6 +60,7 @@ class Replica:
         self.stalled: deque[tuple[Volume, PeerWrite]] = deque()
         self.draining = False  # protocols A and B: a flush waits for what was answered early
         self.al_waiting: deque[tuple[Volume, PeerWrite]] = deque()
+        self.alone: set[PeerWrite] = set()  # not finished, and not on the peer's disk: it had none
         self.flush_waiting: list[PeerWrite] = []
         self.flushing: list[PeerWrite] | None = None
         self.flushing_epochs: list[PeerEpoch] = []
@@ -123,6 +124,10 @@ class Replica:
         vol.bytes_received += length if payload is not None else 0
         if dp & DP_SEND_RECEIVE_ACK:
             self.e.send_ack(Packet.RECV_ACK, vol, sector, block_id, length)
+        if vol.local and length and vol.state.pdsk < DiskState.INCONSISTENT:
+            # Its disk may come back before this one is written: then the bitmap knows of it already.
+            self.alone.add(w)
+            vol.set_out_of_sync(w.offset, w.length)
         if not vol.local:
             vol.saw(seq)
             self._answer(vol, w, Packet.NEG_ACK)
@@ -154,9 +159,10 @@ class Replica:
             return
         if vol.dual and not self.e.conflicts.settle(vol, w):
             return
-        if vol.state.pdsk < DiskState.INCONSISTENT:
+        if vol.state.pdsk < DiskState.INCONSISTENT or w in self.alone:
             # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
             w.dp &= ~DP_MAY_SET_IN_SYNC
+            self.alone.add(w)
             vol.set_out_of_sync(w.offset, w.length)
             if vol.unmarked:
                 self.al_waiting.append((vol, w))
@@ -171,6 +177,7 @@ class Replica:
 
     def withdraw(self, vol: Volume, w: PeerWrite) -> None:
         """A write that never reached the disk."""
+        self.alone.discard(w)
         self._answer(vol, w, Packet.NEG_ACK)
         if w.tracked:
             vol.peer_intervals.leave(w)
@@ -184,6 +191,7 @@ class Replica:
     def refuse(self, vol: Volume, w: PeerWrite, cmd: Packet) -> None:
         """A write that lost to one of ours (see `conflicts`): it counts in no epoch."""
         w.epoch.size -= 1
+        self.alone.discard(w)
         self._answer(vol, w, cmd)
         vol.peer_intervals.leave(w)
         self.epochs_check()
@@ -231,6 +239,8 @@ class Replica:
     def local_done(self, ops: list[PeerWrite]) -> None:
         """The disk answered these writes of the peer: ack them, all in one buffer."""
         self.n_active -= len(ops)
+        if self.alone:
+            self.alone.difference_update(ops)
         to_ack: list[PeerWrite] = []
         at, n = 0, len(ops)
         while at < n:
@@ -433,6 +443,7 @@ class Replica:
         self.stall = None
         self.draining = False
         self.stalled.clear()
+        self.alone.clear()
         self.flush_waiting = []
         for vol in self.e.volumes.values():
             vol.n_unacked = 0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bitmap_exchange import BitmapReceiver
-from .intervals import Lock
+from .intervals import Lock, overlap
 from .meta_writer import CallbackOp
 from .requests import DATA, IF_HOLE, Buffer, DiskOp, Op
 from .resync_target import PERSIST_S, log_done
@@ -67,6 +67,13 @@ class Source:
         self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
     ) -> None:
         offset = sector << 9
+        block = Lock(offset, size)
+        if self._written_alone(vol, block):
+            self.e.when(
+                lambda: not self._written_alone(vol, block),
+                lambda: self._read_later(asked, vol, sector, block_id, size, digest, thin),
+            )
+            return
         blocker = vol.intervals.blocker(offset, size)
         if blocker is not None:
             vol.intervals.wait(
@@ -80,6 +87,11 @@ class Source:
             CallbackOp(Op.READ, vol.number, offset, size, None, IF_HOLE if thin else 0, DATA,
                        lambda op: self._served(asked, vol, lock, block_id, op, digest, thin))
         )  # fmt: skip
+
+    def _written_alone(self, vol: Volume, block: Lock) -> bool:
+        """Is a write under way that the target sent while it had no disk? It must get the block with that."""
+        alone = self.e.replica.alone
+        return bool(alone) and any(w.volume == vol.number and overlap(w, block) for w in alone)
 
     def _read_later(
         self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool

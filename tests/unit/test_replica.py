@@ -9,7 +9,7 @@ import pytest
 from tandem.repl import replica
 from tandem.repl.events import Connect, LinkLost
 from tandem.repl.requests import FUA, MAY_UNMAP, DiskOp, Op
-from tandem.repl.states import ConnState, DiskState, Role
+from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import (
     DP_DISCARD,
     DP_FLUSH,
@@ -20,8 +20,11 @@ from tandem.repl.wire import (
     DP_ZEROES,
     ID_SYNCER,
     Packet,
+    Uuids,
     pack_barrier,
+    pack_block_req,
     pack_data,
+    pack_state,
     pack_trim,
     unpack_ack,
     unpack_barrier_ack,
@@ -303,6 +306,32 @@ def test_writes_of_a_diskless_primary_are_marked_and_logged() -> None:
     lone.settle()
     assert acks(lone) == [("WRITE_ACK", 8, ID + 1)], "nothing may be called in sync"
     assert lone.vol.bitmap.weight == 1 and lone.vol.al.refs == {0: 0}
+
+
+def test_a_write_of_a_primary_whose_disk_comes_back_meanwhile_is_in_the_resync() -> None:
+    lone = Lone()
+    lone.attach()
+    peer = State(Role.PRIMARY, Role.SECONDARY, ConnState.WF_CONNECTION, DiskState.DISKLESS)
+    lone.connect(peer)
+    lone.data(pack_state(replace(peer, conn=ConnState.CONNECTED, pdsk=DiskState.UP_TO_DATE).word(), 0))
+    lone.settle()
+    lone.data(write(1))
+    assert writes(lone) == [], "it waits for the activity log"
+    (transaction,) = lone.disk
+    attaching = replace(peer, conn=ConnState.CONNECTED, disk=DiskState.NEGOTIATING, pdsk=DiskState.UP_TO_DATE)
+    u = lone.vol.uuids
+    lone.data(Uuids(u.bitmap, 0, u.history0, u.history1, 0, 0).pack(0), pack_state(attaching.word(), 0))
+    assert lone.conn() == ConnState.WF_BITMAP_S and lone.vol.bitmap.weight == 1
+    lone.data(lone.bitmap_packets((0, 2)))
+    while lone.conn() != ConnState.SYNC_SOURCE:
+        lone.answer(*(op for op in lone.disk if op is not transaction))
+    lone.data(pack_block_req(P.RS_DATA_REQUEST, 0, 0, ID_SYNCER, 8192))
+    assert not [op for op in lone.disk if op.op == Op.READ]
+    lone.answer(transaction)
+    assert not [op for op in lone.disk if op.op == Op.READ]
+    lone.settle()
+    assert acks(lone)[-1] == ("WRITE_ACK", 8, ID + 1) and lone.sent(P.RS_DATA_REPLY) == [P.RS_DATA_REPLY]
+    assert lone.vol.bitmap.weight == 2
 
 
 def behind_the_log() -> Lone:
