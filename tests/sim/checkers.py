@@ -19,7 +19,7 @@ from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.uuids import CompareFacts, UuidSet, compare
 
 from .admin import behind
-from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write
+from .client import INITIAL, SECTOR, ZERO_SECTOR, Versions, Write, older
 from .fake_disk import PAGE, FakeDisk, Sparse
 from .generations import Generations
 from .histories import (
@@ -189,9 +189,9 @@ class Checks:
             and node.connected
             and self.w.peer_of(node).connected
         ):
-            self._check_not_older(node, op)
+            self._check_notolder(node, op)
 
-    def _check_not_older(self, node: Node, op: DiskOp) -> None:
+    def _check_notolder(self, node: Node, op: DiskOp) -> None:
         """Rule 5: what the peer has us write must be something the peer may hold now."""
         if self.w.peer_of(node).state(op.volume).pdsk < D.INCONSISTENT:
             return  # the peer has given this disk up already
@@ -360,8 +360,8 @@ class Checks:
         through = write.fua and mirrored and self.w.mix.protocol == "C"
         if through and not ledger.holds(write, self.reader(peer, volume, durable=True)):
             self.fail("6 flush", f"{write!r} with FUA was answered, it is not stable on {peer.config.node}")
-        by_chance = not reached and not state.connected  # what the peer has under way there is its own history
-        holders = [n.index for n, holds in ((node, here), (peer, there and not by_chance)) if holds]
+        write.alone = not state.connected
+        holders = [n.index for n, holds in ((node, here), (peer, there)) if holds]
         ledger.acked(write, holders)
         if not here:
             ledger.copies[node.index].lacks.add(write)
@@ -431,15 +431,17 @@ class Checks:
         for holder in nodes:
             read = self.reader(holder, volume, durable=True)
             for s, write in list(ask.point[holder.index].items()):
+                if write.alone and write.node != holder.index:
+                    continue  # answered in the other's own history; what of it is on the way here, nobody waits for
                 if holder is not node and vol.bitmap.n_bits and vol.bitmap.any(s >> 3, (s >> 3) + 1):
                     del ask.point[holder.index][s]
                     continue  # this block is out of the mirror, and marked
                 last = ledger.copies[holder.index].last.get(s)
-                if last is None or _older(last, write):
+                if last is None or older(last, write):
                     continue  # a resync has replaced this copy since
                 content = read(s)
                 versions = ledger.copies[holder.index].stable.get(s, INITIAL)
-                if not ledger.fits(s, content, frozenset(x for x in versions if not _older(x, write))):
+                if not ledger.fits(s, content, frozenset(x for x in versions if not older(x, write))):
                     self.w.note(holder, "holds", s, ledger.version_at(s, content), versions, write.begin)
                     self.fail(
                         "6 flush",
@@ -594,7 +596,3 @@ class Checks:
                         "durability",
                         f"at the end sector {misfits[0][0]} of {node.config.node} {misfits[0][1]}",
                     )
-
-
-def _older(x: Write, than: Write) -> bool:
-    return x is not than and x.end is not None and x.end < than.begin

@@ -27,7 +27,7 @@ ZERO_SECTOR: Final = bytes(SECTOR)
 class Write:
     """One write (or trim, or zeroes) of the application. ``begin`` and ``end`` are ledger steps."""
 
-    __slots__ = ("acked", "begin", "end", "first", "fua", "id", "n", "node", "reached", "volume", "zero")
+    __slots__ = ("acked", "alone", "begin", "end", "first", "fua", "id", "n", "node", "reached", "volume", "zero")
 
     def __init__(self, id: int, volume: int, node: int, offset: int, length: int, zero: bool, fua: bool) -> None:
         self.id = id
@@ -40,6 +40,7 @@ class Write:
         self.begin = 0
         self.end: int | None = None
         self.acked = False
+        self.alone = False  # answered without the peer, and no resync has ended since
         self.reached: set[int] = set()  # nodes whose disks wrote it, whatever became of it since
 
     @property
@@ -179,6 +180,8 @@ class Ledger:
         """A resync ended without failed blocks."""
         s, t = self.copies[source], self.copies[target]
         t.become(s)
+        for write in s.last.values():
+            write.alone = False
         self.n_given_up += s.discarded or t.discarded
         s.lacks.clear()
         t.lacks.clear()
