@@ -329,7 +329,7 @@ class Commands:
     def _promoted(self, vol: Volume, forced: bool) -> Generator[Wait, Any, None]:
         """The new Primary's generation, on disk before the first write may start."""
         s = vol.state
-        vol.discard_my_data = False
+        vol.discard_my_data = self.e.link.discard_my_data = False  # what is to be written is not to be lost
         alone = not s.connected or s.pdsk <= DiskState.FAILED
         if vol.attached:
             if forced or (alone and (not vol.uuids.bitmap or vol.end_unknown)):

@@ -16,8 +16,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ from .control import ControlServer, Done, refusal_answer
 from .exports import DeviceError, Exports
 from .journal import Journal
 from .paths import NodePaths, PathError, default_config, default_node, default_run_dir
-from .process import Held, hold, release, tell_ready, tell_starter
+from .process import Held, hold, release, tell_ready, tell_starter, try_lock
 from .values import Json, pack, unpack
 
 DRAIN_S: Final = 5.0  # NBD requests that were read get this long to be answered when the daemon ends
@@ -60,6 +61,8 @@ COMMANDS: Final = frozenset(
 
 
 INVALID: Final = "Invalid configuration request"  # drbdsetup's sentence for 162
+TURN_S: Final = 5.0  # a client that is to promote waits that long for a tandemadm that changes the resource
+TURN_STEP_S: Final = 0.05
 LISTEN_S: Final = 0.05  # binding a socket takes microseconds; the loop may be busy with other things first
 GOING_ALONE: Final = "going StandAlone: "  # how the machine begins to say why it gave up the connection
 LINKED: Final = "the peer was there"
@@ -145,6 +148,23 @@ class FrontEnd(Protocol):
         """Offer nothing more; requests that were taken get *drain_s* seconds to be answered."""
 
 
+@contextlib.asynccontextmanager
+async def lock_in_time(path: Path) -> AsyncIterator[bool]:
+    """Hold the lock of the commands that change a resource; False when it does not become free in TURN_S seconds."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield False
+        return
+    try:
+        deadline = time.monotonic() + TURN_S
+        while not (locked := try_lock(fd)) and time.monotonic() < deadline:
+            await asyncio.sleep(TURN_STEP_S)
+        yield locked
+    finally:
+        os.close(fd)
+
+
 class AutoPromote(Gate):
     """auto-promote: a client that wants to write makes this node Primary before its export is opened.
 
@@ -170,7 +190,13 @@ class AutoPromote(Gate):
         return self._daemon.config.options.auto_promote and self._daemon.runtime.status().role != "Primary"
 
     async def _promote(self, volume: int, then: Callable[[str], None]) -> None:
-        refusal = await self._daemon.command("primary", None, {"auto": True})
+        """Takes turns with tandemadm: nothing may be written where split-brain --keep has just saved what is there."""
+        name = self._daemon.config.name
+        async with lock_in_time(self._daemon.options.paths.lock(name)) as locked:
+            if not locked:
+                then(f"Opening it promotes, but tandemadm is changing {name} just now: try again.")
+                return
+            refusal = await self._daemon.command("primary", None, {"auto": True})
         then("" if refusal is None else f"Opening it promotes, but that was refused: {refusal.text}.")
         # Should the client be gone: nobody has opened, so nobody will close.
         self._daemon.runtime.volume(volume).recount()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 
 import pytest
@@ -84,6 +85,20 @@ def test_who_only_asks_about_an_export_promotes_nobody(new_pair: NewPair, progra
         assert '"is_read_only": false' in shown, "as for who opens it"
     assert generations() == before
     assert [role(pair, 0), role(pair, 1)] == ["Secondary", "Secondary"]
+
+
+def test_auto_promote_takes_turns_with_tandemadm(new_pair: NewPair) -> None:
+    """What split-brain --keep has saved of a node is all that is there, until the peer's data replaces it."""
+    pair = new_pair(options="auto-promote yes;")
+    pair.start()
+    pair.adm(pair.first, "secondary", "r0")
+    with open(pair.second.paths.lock("r0"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(NbdRefused, match="tandemadm is changing r0"):
+            Nbd(pair.second.socket, "r0")
+        assert role(pair, 1) == "Secondary"
+    with Nbd(pair.second.socket, "r0"):
+        assert role(pair, 1) == "Primary"
 
 
 def test_an_explicit_promotion_outlasts_the_clients(new_pair: NewPair) -> None:

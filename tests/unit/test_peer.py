@@ -14,7 +14,7 @@ from tandem.repl.events import SizeChanged
 from tandem.repl.peer import new_size
 from tandem.repl.requests import Op
 from tandem.repl.states import ConnState, DiskState, Role, State
-from tandem.repl.wire import Packet, QueueLimits, Sizes, Uuids, pack_block_req, pack_state, unpack_u32
+from tandem.repl.wire import Packet, Protocol, QueueLimits, Sizes, Uuids, pack_block_req, pack_state, unpack_u32
 
 from tests.scenarios.lone import PEER_SECONDARY, Lone
 from tests.scenarios.pair import GENERATIONS
@@ -177,6 +177,18 @@ def test_the_tentative_peer_comes_again() -> None:
     lone.link()
     lone.data(lone.features(), lone.protocol(conn_flags=2), lone.parameters(uuids=(0x20, 0x10, 0, 0)))
     assert lone.conn() == C.WF_CONNECTION and lone.vol.uuids.current == 0x10
+
+
+def test_a_promotion_takes_discard_my_data_back() -> None:
+    """Source: drbd_nl.c, drbd_set_role."""
+    lone = Lone()
+    lone.attach()
+    lone.run("connect", discard_my_data=True)
+    assert lone.run("primary") == lone.run("secondary") == "done"
+    lone.link()
+    lone.data(lone.features())
+    assert Protocol.unpack(lone.payloads(Packet.PROTOCOL)[0]).conn_flags == 0
+    assert not lone.vol.discard_my_data
 
 
 def test_discard_my_data_is_told_in_both_packets_and_only_once() -> None:
