@@ -41,7 +41,8 @@ disconnected. (In DRBD 9 it makes their further requests fail instead; a connect
 
 Two nodes at once are Primary only with `allow-two-primaries`. With `auto-promote yes` opening an export is a `primary`
 of its own, and the last client that leaves a `secondary`; a client is told the refusal. Who only asks about an export
-(`nbdinfo --list`) promotes nobody.
+(`nbdinfo --list`) promotes nobody. While a `tandemadm` changes the resource, as `split-brain --keep` does until the
+nodes are connected, nobody is promoted; the client is told so after five seconds.
 
 """
 

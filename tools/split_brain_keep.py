@@ -206,10 +206,17 @@ class Recovery:
     # ------------------------------------------------------------------------------ the resync
 
     def _await_resync(self) -> None:
-        """Until the loser is UpToDate and connected. SplitBrainError when the connection was refused."""
-        began, total = time.monotonic(), 0
+        """Until the loser is UpToDate and connected. SplitBrainError when the connection was refused.
+
+        Once they are connected the decision is made, and others may change the resource again.
+        """
+        began, total, locked = time.monotonic(), 0, True
         while True:
             winner, loser = self.winner.describe(), self.loser.describe()
+            if locked and winner.cstate in UP_WORDS and loser.cstate in UP_WORDS:
+                self.winner.unlock()
+                self.loser.unlock()
+                locked = False
             if "StandAlone" in (winner.cstate, loser.cstate):
                 raise SplitBrainError(
                     f"the nodes did not come together: {winner.node} is {winner.cstate}, {loser.node} is "

@@ -96,7 +96,10 @@ class Answers(Protocol):
         """Have the daemon carry out a command on the whole resource."""
 
     def lock(self) -> None:
-        """Hold off other commands that change the resource, until `close`."""
+        """Hold off other commands that change the resource, until `unlock` or `close`."""
+
+    def unlock(self) -> None:
+        """Let them go on."""
 
     def config(self) -> ResourceConfig: ...
 
@@ -184,6 +187,9 @@ class Node:
 
     def lock(self) -> None:
         self._held.enter_context(self._session.locked(self._resource))
+
+    def unlock(self) -> None:
+        self._held.close()
 
     def config(self) -> ResourceConfig:
         """The running configuration, or the file's while nothing runs."""

@@ -80,6 +80,9 @@ def _answer(node: Node, bitmaps: dict[int, Bitmap], request: Json, payload: byte
         case "lock":
             node.lock()
             return {}, b""
+        case "unlock":
+            node.unlock()
+            return {}, b""
         case other:
             raise SplitBrainError(f"unknown request {str(other)[:40]!r}: the two nodes have different versions")
 
@@ -236,3 +239,6 @@ class Remote:
 
     def lock(self) -> None:
         self._ask({"do": "lock"})
+
+    def unlock(self) -> None:
+        self._ask({"do": "unlock"})

@@ -351,6 +351,42 @@ def test_killed_at_any_step_neither_history_is_lost(step: str) -> None:
         pair.close()
 
 
+def test_others_may_change_the_resource_again_before_the_command_ends(pair: SplitPair) -> None:
+    """A resync may take hours, and a client of the kept node is not to wait for it."""
+    told = subprocess.run(
+        [sys.executable, "-c", ASKED, *(str(pair.path(node, "lock")) for node in ("alpha", "beta")),
+         *pair.where("alpha"), "split-brain", "r0", "--keep", "alpha"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    free = {line.split()[1]: line.split()[2] for line in told.stdout.splitlines() if line.startswith("LOCKS")}
+    assert free["checked"] == free["connecting"] == "0" and free["done"] == "2"
+
+
+ASKED = """
+import fcntl, sys
+from tandem.tools import adm, split_brain_run
+
+locks, real = sys.argv[1:3], split_brain_run.Recovery
+
+def is_free(path):
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+def asking(announce):
+    def told(step, text):
+        announce(step, text)
+        print("LOCKS", step, sum(map(is_free, locks)))
+    return told
+
+split_brain_run.Recovery = lambda wish, nodes, announce, tell: real(wish, nodes, asking(announce), tell)
+sys.exit(adm.run(sys.argv[3:]))
+"""
+
+
 def test_a_file_that_holds_an_older_state_is_not_taken_for_the_history(pair: SplitPair) -> None:
     kept = pair.content("alpha")
     assert pair.killed_at("checked", "beta", "split-brain", "r0", "--keep", "alpha").code == -signal.SIGKILL
