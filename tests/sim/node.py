@@ -95,6 +95,7 @@ class Node:
         self.attaches: list[Attach] = []
         self.handlers: list[Running] = []
         self.n_meetings = 0  # how often a connection was established
+        self.n_established = 0  # the same as the machine counts it, before this step
         self.shown = Role.SECONDARY  # the role it told the peer in the handshake
         self.commands: dict[int, Command] = {}
         self.refusals: list[Refusal] = []
