@@ -357,7 +357,7 @@ class TransferLog:
         if self.kept:
             return None
         for epoch in self.epochs:
-            if epoch.barrier_sent or any(r.waiting & PEER for r in epoch.requests):
+            if epoch.barrier_sent or any(r.waiting & PEER for r in reversed(epoch.requests)):
                 return epoch.since
         return None
 

@@ -24,7 +24,7 @@ LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is wort
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
-FEW: Final = 8.0  # operations per wake-up, on average, above which a wake-up more does not matter
+FEW: Final = 16.0  # operations per wake-up, on average, above which a wake-up more does not matter
 
 
 class Vigil:
