@@ -34,10 +34,12 @@ cdef enum:
     MAGIC = 0x8620EC20
     P_DATA = 0x00
     P_WRITE_ACK = 0x16
+    P_RS_WRITE_ACK = 0x17
     DP_RW_SYNC = 0x2
     DP_MAY_SET_IN_SYNC = 0x4
     DP_FUA = 0x10
     DP_SEND_WRITE_ACK = 0x100
+    SYNCING = 0x104  # the last and DP_MAY_SET_IN_SYNC
     OP_READ = 0
     OP_WRITE = 1
     FLAG_FUA = 1
@@ -125,7 +127,7 @@ def sort_batch(list batch, list disk, dict busy, dict refs, list writes):
     return rest
 
 
-def pack_writes(list out, dict inflight, list writes, uint16_t volume, seq, block_id, epoch):
+def pack_writes(list out, dict inflight, list writes, uint16_t volume, seq, block_id, epoch, uint32_t dp):
     cdef Wire head
     cdef long long sent = 0, length
     cdef uint64_t next_id = block_id
@@ -140,7 +142,7 @@ def pack_writes(list out, dict inflight, list writes, uint16_t volume, seq, bloc
         head.sector = be64(<uint64_t>(number(r, _offset) >> 9))
         head.block_id = be64(next_id)
         head.third = be32(next_seq)
-        head.fourth = be32(DP_SEND_WRITE_ACK | DP_FUA if number(r, _flags) & FLAG_FUA else DP_SEND_WRITE_ACK)
+        head.fourth = be32(dp | DP_FUA if number(r, _flags) & FLAG_FUA else dp)
         payload = slot_get(r, _payload)
         assert payload is not None
         out.append(PyBytes_FromStringAndSize(<char *>&head, HEAD))
@@ -182,12 +184,16 @@ def take_acks(view, Py_ssize_t at, dict inflight, long long volume, list finishe
     cdef Py_buffer data
     cdef Wire p
     cdef long long n_pending = 0, last = -1, waiting
+    cdef uint16_t command
     cdef object key, r
     PyObject_GetBuffer(view, &data, PyBUF_SIMPLE)
     try:
         while at <= data.len - HEAD:
             memcpy(&p, <char *>data.buf + at, HEAD)
-            if be16(p.command) != P_WRITE_ACK or be32(p.magic) != MAGIC or be32(p.length) != 24 or p.pad:
+            command = be16(p.command)
+            if command != P_WRITE_ACK and command != P_RS_WRITE_ACK:
+                break
+            if be32(p.magic) != MAGIC or be32(p.length) != 24 or p.pad:
                 break
             key = be64(p.block_id)
             r = inflight.get(key)
@@ -198,7 +204,7 @@ def take_acks(view, Py_ssize_t at, dict inflight, long long volume, list finishe
             del inflight[key]
             at += HEAD
             last = be32(p.fourth)
-            slot_set(r, _legs, number(r, _legs) | PEER_OK)
+            slot_set(r, _legs, number(r, _legs) | (PEER_OK if command == P_WRITE_ACK else PEER_OK | IN_SYNC))
             waiting = number(r, _waiting)
             if waiting & PEER:
                 n_pending += 1
@@ -211,7 +217,7 @@ def take_acks(view, Py_ssize_t at, dict inflight, long long volume, list finishe
     return at, n_pending, last
 
 
-def settle_writes(list requests, Py_ssize_t at, dict busy):
+def settle_writes(list requests, Py_ssize_t at, dict busy, list in_sync):
     cdef Py_ssize_t i, n = len(requests)
     cdef long long legs, offset, length, first, last
     for i in range(at, n):
@@ -220,8 +226,10 @@ def settle_writes(list requests, Py_ssize_t at, dict busy):
         if number(r, _op) == OP_READ:
             continue
         legs, length = number(r, _legs), number(r, _length)
-        if legs & BOTH_OK != BOTH_OK or legs & IN_SYNC or not legs & IN_LOG or length > 4096:
+        if legs & BOTH_OK != BOTH_OK or not legs & IN_LOG or length > 4096:
             return i
+        if legs & IN_SYNC:
+            in_sync.append(r)
         offset = number(r, _offset)
         first, last = offset >> 12, (offset + length - 1) >> 12
         del busy[first]
@@ -258,13 +266,16 @@ def leave_log(list requests, Py_ssize_t at, long long volume, dict refs, dict in
 # ------------------------------------------------------------------------------ the peer's writes
 
 
-def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, list disk):
+def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, list disk, dict busy):
     cdef Py_buffer data
     cdef Wire p
     cdef long long count = 0, received = 0, last = 0, length, known_length = 0
-    cdef uint64_t sector
-    cdef uint32_t dp
+    cdef uint64_t sector, block
+    cdef uint32_t dp, usual = DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC
+    cdef bint tracked = busy is not None, free
     cdef object w, op = OP_WRITE, zero = 0, fua = FLAG_FUA, py_volume = volume, py_length = zero
+    if tracked:
+        usual |= DP_MAY_SET_IN_SYNC
     PyObject_GetBuffer(view, &data, PyBUF_SIMPLE)
     try:
         while data.len - at >= HEAD:
@@ -275,9 +286,17 @@ def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, l
                 be16(p.command) != P_DATA or at + HEAD + length > data.len or be32(p.magic) != MAGIC
                 or be16(p.volume) != volume or p.pad or length <= 0 or length > LONGEST or length & 511
                 or sector > size >> 9 or (sector << 9) + <uint64_t>length > size
-                or dp & ~<uint32_t>(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)
+                or dp & ~usual
             ):
                 break
+            if tracked:
+                free = True
+                for block in range(sector >> 3, ((sector << 9) + <uint64_t>length + 4095) >> 12):
+                    if block in busy:
+                        free = False
+                        break
+                if not free:
+                    break
             if length != known_length:  # most are of one length, and share the number
                 known_length = py_length = length
             w = new_slotted(PEER_WRITE)
@@ -293,8 +312,11 @@ def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, l
             slot_set(w, w_block_id, be64(p.block_id))
             slot_set(w, w_dp, dp)
             slot_set(w, w_epoch, epoch)
-            slot_set(w, w_tracked, False)
+            slot_set(w, w_tracked, tracked)
             slot_set(w, w_al_ref, False)
+            if tracked:
+                for block in range(sector >> 3, ((sector << 9) + <uint64_t>length + 4095) >> 12):
+                    busy[block] = w
             disk.append(w)
             received += length
             count += 1
@@ -305,24 +327,32 @@ def receive_writes(view, Py_ssize_t at, uint16_t volume, uint64_t size, epoch, l
     return at, count, received, last
 
 
-def written_for_peer(list ops, Py_ssize_t at, long long volume, list to_ack):
+def written_for_peer(list ops, Py_ssize_t at, long long volume, list to_ack, dict busy):
     cdef Py_ssize_t i, n = len(ops)
-    cdef long long written = 0
+    cdef long long written = 0, n_in_sync = 0, block, offset, length
+    cdef bint tracked
     cdef object epoch
     for i in range(at, n):
         w = ops[i]
         is_peer_write(w)
         epoch = slot_get(w, w_epoch)
+        tracked = slot_get(w, w_tracked)
         if (
-            number(w, _volume) != volume or slot_get(w, w_tracked) or slot_get(w, w_al_ref) or number(w, _error)
+            number(w, _volume) != volume or (tracked and busy is None) or slot_get(w, w_al_ref) or number(w, _error)
             or type(epoch) is not EPOCH or slot_get(epoch, e_dead)
-            or number(w, w_dp) & (DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC) != DP_SEND_WRITE_ACK
+            or number(w, w_dp) & SYNCING != (SYNCING if tracked else DP_SEND_WRITE_ACK)
         ):
-            return i, written
-        written += number(w, _length)
+            return i, written, n_in_sync
+        length = number(w, _length)
+        if tracked:
+            offset = number(w, _offset)
+            for block in range(offset >> 12, (offset + length + 4095) >> 12):
+                del busy[block]
+            n_in_sync += 1
+        written += length
         slot_set(w, _payload, None)
         to_ack.append(w)
-    return n, written
+    return n, written, n_in_sync
 
 
 def pack_write_acks(list writes, Py_ssize_t at, uint16_t volume, seq):
@@ -336,7 +366,7 @@ def pack_write_acks(list writes, Py_ssize_t at, uint16_t volume, seq):
         end += 1
     buffer = PyBytes_FromStringAndSize(NULL, HEAD * (end - at))
     to = PyBytes_AS_STRING(buffer)
-    p.magic, p.volume, p.command, p.length = be32(MAGIC), be16(volume), be16(P_WRITE_ACK), be32(24)
+    p.magic, p.volume, p.command, p.length = be32(MAGIC), be16(volume), 0, be32(24)
     p.pad = 0
     for i in range(at, end):
         w = writes[i]
@@ -344,6 +374,7 @@ def pack_write_acks(list writes, Py_ssize_t at, uint16_t volume, seq):
         epoch = slot_get(w, w_epoch)
         epoch.active -= 1
         p.sector, p.block_id = be64(<uint64_t>number(w, w_sector)), be64(<uint64_t>slot_get(w, w_block_id))
+        p.command = be16(P_RS_WRITE_ACK if number(w, w_dp) & DP_MAY_SET_IN_SYNC else P_WRITE_ACK)
         p.third, p.fourth = be32(<uint32_t>number(w, _length)), be32(next_seq)
         memcpy(to, &p, HEAD)
         to += HEAD

@@ -49,7 +49,9 @@ _READ: Final = int(Op.READ)
 _WRITE: Final = int(Op.WRITE)
 _DATA: Final = int(Packet.DATA)
 _WRITE_ACK: Final = int(Packet.WRITE_ACK)
+_RS_WRITE_ACK: Final = int(Packet.RS_WRITE_ACK)
 _UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags of a P_DATA that need the long path
+_SYNCING: Final = DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC  # of a write during a resync
 
 # ------------------------------------------------------------------------------ our applications' requests
 
@@ -90,17 +92,18 @@ def sort_batch(
 
 def pack_writes(
     out: list[Buffer], inflight: MutableMapping[int, Any], writes: Sequence[Request], volume: int, seq: int,
-    block_id: int, epoch: Any,
+    block_id: int, epoch: Any, dp: int,
 ) -> int:  # fmt: skip
     """Frame *writes* as P_DATA into *out*: header, payload, header, payload…; returns the bytes of payload.
 
-    The first one gets *block_id* and the sequence number after *seq*, each further one the next of both.
+    The first one gets *block_id* and the sequence number after *seq*, each further one the next of both; all get
+    the flags *dp*, and DP_FUA where it is asked for.
     """
     headers = bytearray(40 * len(writes))
     view, pack, at, sent = memoryview(headers), DATA_PACKET.pack_into, 0, 0
     for r in writes:
         seq += 1
-        flags = DP_SEND_WRITE_ACK | DP_FUA if r.flags & FUA else DP_SEND_WRITE_ACK
+        flags = dp | DP_FUA if r.flags & FUA else dp
         length = r.length
         pack(headers, at, MAGIC, volume, _DATA, 24 + length, 0, r.offset >> 9, block_id, seq & 0xFFFFFFFF, flags)
         assert r.payload is not None
@@ -144,7 +147,7 @@ def written_here(
 def take_acks(
     view: memoryview, at: int, inflight: MutableMapping[int, Any], volume: int, finished: list[Request]
 ) -> tuple[int, int, int]:
-    """Take the run of P_WRITE_ACK for ordinary writes of *volume* that starts at *at*.
+    """Take the run of P_WRITE_ACK and P_RS_WRITE_ACK for ordinary writes of *volume* that starts at *at*.
 
     Those without a leg out go to *finished*. Stops at everything else: a flush, an ack that fits nothing, a
     packet that is not complete. Returns where, for how many writes the peer's leg was still out, and the last
@@ -153,7 +156,7 @@ def take_acks(
     unpack, end, n_pending, last = ACK.unpack_from, len(view) - 40, 0, -1
     while at <= end:
         magic, _, cmd, length, pad, sector, block_id, _, seq = unpack(view, at)
-        if cmd != _WRITE_ACK or magic != MAGIC or length != 24 or pad:
+        if cmd not in (_WRITE_ACK, _RS_WRITE_ACK) or magic != MAGIC or length != 24 or pad:
             break
         r = inflight.get(block_id)
         if type(r) is not Request or r.offset >> 9 != sector or r.volume != volume:
@@ -161,7 +164,7 @@ def take_acks(
         del inflight[block_id]
         at += 40
         last = seq
-        r.legs |= PEER_OK
+        r.legs |= PEER_OK if cmd == _WRITE_ACK else PEER_OK | IN_SYNC
         if r.waiting & PEER:
             n_pending += 1
             r.waiting &= ~PEER
@@ -170,19 +173,21 @@ def take_acks(
     return at, n_pending, last
 
 
-def settle_writes(requests: Sequence[Request], at: int, busy: dict[int, Any]) -> int:
+def settle_writes(requests: Sequence[Request], at: int, busy: dict[int, Any], in_sync: list[Request]) -> int:
     """Let go of the blocks and payloads of finished requests from *at* on; returns where it stopped.
 
-    Stops at a write that did not simply reach both disks, that has left the transfer log, or that is longer
-    than a block. For when nothing waits for any of the blocks.
+    Those that the peer called in sync also go to *in_sync*. Stops at a write that did not simply reach both disks,
+    that has left the transfer log, or that is longer than a block. For when nothing waits for any of the blocks.
     """
     for i in range(at, len(requests)):
         r = requests[i]
         if r.op == _READ:
             continue
         legs, length = r.legs, r.length
-        if legs & BOTH_OK != BOTH_OK or legs & IN_SYNC or not legs & IN_LOG or length > 4096:
+        if legs & BOTH_OK != BOTH_OK or not legs & IN_LOG or length > 4096:
             return i
+        if legs & IN_SYNC:
+            in_sync.append(r)
         first, last = r.offset >> 12, (r.offset + length - 1) >> 12
         del busy[first]
         if last != first:
@@ -219,14 +224,17 @@ def leave_log(
 
 
 def receive_writes(
-    view: memoryview, at: int, volume: int, size: int, epoch: PeerEpoch, disk: list[DiskOp]
-) -> tuple[int, int, int, int]:
+    view: memoryview, at: int, volume: int, size: int, epoch: PeerEpoch, disk: list[DiskOp],
+    busy: dict[int, Any] | None,
+) -> tuple[int, int, int, int]:  # fmt: skip
     """Take the run of complete P_DATA packets for *volume* that starts at *at*, as operations for *disk*.
 
-    Stops in front of everything unusual: other packets, flags, a range beyond *size* bytes. Returns where,
-    how many there were, their bytes of payload, and the last sequence number.
+    With *busy*, during a resync, each takes its blocks in it and is `tracked`. Stops in front of everything
+    unusual: other packets, flags, a range beyond *size* bytes or with a block that is busy. Returns where, how many
+    there were, their bytes of payload, and the last sequence number.
     """
     n, unpack, count, received, last = len(view), DATA_PACKET.unpack_from, 0, 0, 0
+    unusual = _UNUSUAL if busy is None else _UNUSUAL & ~DP_MAY_SET_IN_SYNC
     while n - at >= 40:
         magic, number, cmd, length, pad, sector, block_id, seq, dp = unpack(view, at)
         length -= 24
@@ -234,12 +242,17 @@ def receive_writes(
         if (
             cmd != _DATA or end > n or magic != MAGIC or number != volume or pad
             or length <= 0 or length > IO_MAX or length & 511 or (sector << 9) + length > size
-            or dp & _UNUSUAL
+            or dp & unusual
         ):  # fmt: skip
             break
-        disk.append(
-            PeerWrite(_WRITE, number, sector, length, view[begin:end], FUA if dp & DP_FUA else 0, block_id, dp, epoch)
-        )
+        w = PeerWrite(_WRITE, number, sector, length, view[begin:end], FUA if dp & DP_FUA else 0, block_id, dp, epoch)
+        if busy is not None:
+            blocks = range(sector >> 3, (w.offset + length + 4095) >> 12)
+            if not busy.keys().isdisjoint(blocks):
+                break
+            busy.update(dict.fromkeys(blocks, w))
+            w.tracked = True
+        disk.append(w)
         received += length
         count += 1
         last = seq
@@ -248,30 +261,38 @@ def receive_writes(
 
 
 def written_for_peer(
-    ops: Sequence[PeerWrite], at: int, volume: int, to_ack: list[PeerWrite]
-) -> tuple[int, int]:
-    """The local disk has done the peer's writes *ops* from *at* on: those that simply get a P_WRITE_ACK.
+    ops: Sequence[PeerWrite], at: int, volume: int, to_ack: list[PeerWrite], busy: dict[int, Any] | None
+) -> tuple[int, int, int]:
+    """The local disk has done the peer's writes *ops* from *at* on: those that simply get an ack.
 
-    Stops at every other one, and at another volume. Returns where, and the bytes written.
+    With *busy*, during a resync, also those that are in sync by that and that have taken their blocks in it; they
+    let go of them. Stops at every other one, and at another volume. Returns where, the bytes written, and how many
+    were in sync.
     """
-    written = 0
+    written = n_in_sync = 0
     for i in range(at, len(ops)):
         w = ops[i]
+        tracked = w.tracked
         if (
-            w.volume != volume or w.tracked or w.al_ref or w.error or w.epoch.dead
-            or w.dp & (DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC) != DP_SEND_WRITE_ACK
+            w.volume != volume or (tracked and busy is None) or w.al_ref or w.error or w.epoch.dead
+            or w.dp & _SYNCING != (_SYNCING if tracked else DP_SEND_WRITE_ACK)
         ):  # fmt: skip
-            return i, written
+            return i, written, n_in_sync
+        if tracked:
+            assert busy is not None
+            for block in range(w.offset >> 12, (w.offset + w.length + 4095) >> 12):
+                del busy[block]
+            n_in_sync += 1
         written += w.length
         w.payload = None
         to_ack.append(w)
-    return len(ops), written
+    return len(ops), written, n_in_sync
 
 
 def pack_write_acks(writes: Sequence[PeerWrite], at: int, volume: int, seq: int) -> tuple[int, bytes | bytearray]:
     """P_WRITE_ACK for each of *writes* from *at* on, up to one of another volume; (where that is, the packets).
 
-    The first one gets the sequence number after *seq*.
+    P_RS_WRITE_ACK for those that may count as in sync. The first one gets the sequence number after *seq*.
     """
     end = at
     while end < len(writes) and writes[end].volume == volume:
@@ -281,6 +302,7 @@ def pack_write_acks(writes: Sequence[PeerWrite], at: int, volume: int, seq: int)
     for w in writes[at:end]:
         seq = (seq + 1) & 0xFFFFFFFF
         w.epoch.active -= 1
-        pack(buffer, to, MAGIC, volume, _WRITE_ACK, 24, 0, w.sector, w.block_id, w.length, seq)
+        cmd = _RS_WRITE_ACK if w.dp & DP_MAY_SET_IN_SYNC else _WRITE_ACK
+        pack(buffer, to, MAGIC, volume, cmd, 24, 0, w.sector, w.block_id, w.length, seq)
         to += 40
     return end, buffer

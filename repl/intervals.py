@@ -140,6 +140,11 @@ class OrderedIntervals:
     def __bool__(self) -> bool:
         return bool(self._held) or bool(self._queue)
 
+    @property
+    def busy(self) -> dict[int, Range] | None:
+        """Block -> its holder, for the short path; None while that is not all there is to look at."""
+        return None if self._queue or self._held.large else self._held.busy
+
     def blocker(self, offset: int, length: int) -> Range | None:
         """What overlaps the range, started or waiting; or None."""
         held = self._held.blocker(offset, length)

@@ -83,7 +83,7 @@ class Mirror:
             self.enter(vol, r)
 
     def _submit_fast(self, vol: Volume, batch: list[Request]) -> list[Request]:
-        """Established, UpToDate, Primary, protocol C: start what needs no waiting, return the rest.
+        """Connected, UpToDate, Primary, protocol C: start what needs no waiting, return the rest.
 
         One header array for the whole batch; payloads are passed on as they came.
         """
@@ -102,12 +102,15 @@ class Mirror:
         out.disk += writes
         vol.n_pending += len(writes)
         vol.n_local += len(writes)
+        dp = DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC if vol.syncing else DP_SEND_WRITE_ACK
         while writes:
             epoch = log.epoch_for_write()
             room = self.e.config.net.max_epoch_size - epoch.n_sent
             now, writes = writes[:room], writes[room:]
             n = len(now)
-            vol.bytes_sent += batches.pack_writes(out.data, log.inflight, now, vol.number, vol.seq, log.next_id, epoch)
+            vol.bytes_sent += batches.pack_writes(
+                out.data, log.inflight, now, vol.number, vol.seq, log.next_id, epoch, dp
+            )
             vol.seq += n
             log.next_id += n
             epoch.requests += now
@@ -418,11 +421,12 @@ class Mirror:
     def _finish(self, vol: Volume, requests: list[Request]) -> None:
         intervals = vol.intervals
         waiters = []
+        in_sync: list[Request] = []
         postponed = False
         at, n = 0, len(requests)
         while at < n:
             if not intervals.has_waiters:
-                at = batches.settle_writes(requests, at, intervals.busy)
+                at = batches.settle_writes(requests, at, intervals.busy, in_sync)
                 if at == n:
                     break
             r = requests[at]
@@ -440,6 +444,9 @@ class Mirror:
             if not legs & IN_LOG:
                 self.log.drop_extents(vol, r)
             r.payload = None
+        if in_sync and vol.syncing:
+            vol.are_in_sync(in_sync)
+            self.e.resync.progressed(vol)
         self.answer(vol, [r for r in requests if not r.legs & POSTPONED] if postponed else requests)
         for wake in waiters:
             wake()

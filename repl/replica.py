@@ -74,18 +74,19 @@ class Replica:
     def receive_run(self, vol: Volume, view: memoryview, at: int) -> int:
         """Take the run of complete P_DATA packets for *vol* that starts at *at*; returns where it ends.
 
-        The short path: the volume's disk is good, nothing is tracked, no digests, nothing stalled. Stops in
+        The short path: no digests, nothing stalled, and during a resync nothing in the way. Stops in
         front of whatever it does not handle; the caller's long path takes that.
         """
+        busy = vol.peer_intervals.busy if vol.syncing else None
         end, count, received, seq = batches.receive_writes(
-            view, at, vol.number, vol.size, self.epoch, self.e.out.disk
+            view, at, vol.number, vol.size, self.epoch, self.e.out.disk, busy
         )
         if count:
             self.epoch.size += count
             self.epoch.active += count
             self.n_active += count
             vol.n_local += count
-            vol.n_untracked += count
+            vol.n_untracked += count if busy is None else 0
             vol.n_unacked += count
             vol.bytes_received += received
             vol.saw(seq)
@@ -95,7 +96,8 @@ class Replica:
         """May `receive_run` be used for this volume now?"""
         return (
             vol.local and not vol.dual and self.stall is None and not self.stalled
-            and vol.state.conn == _CONNECTED and vol.state.pdsk >= _INCONSISTENT
+            and (vol.state.conn == _CONNECTED or (vol.syncing and vol.peer_intervals.busy is not None))
+            and vol.state.pdsk >= _INCONSISTENT
             and self.e.config.net.protocol == "C" and self.e.peer_integrity is None
         )  # fmt: skip
 
@@ -245,12 +247,18 @@ class Replica:
         at, n = 0, len(ops)
         while at < n:
             vol = self.e.volumes[ops[at].volume]
-            end, written = batches.written_for_peer(ops, at, vol.number, to_ack)
+            busy = vol.peer_intervals.busy if vol.syncing else None
+            n_before = len(to_ack)
+            end, written, n_in_sync = batches.written_for_peer(ops, at, vol.number, to_ack, busy)
             vol.n_local -= end - at
-            vol.n_untracked -= end - at
+            vol.n_untracked -= end - at - n_in_sync
             vol.bytes_written += written
             vol.data_version += end - at
+            if n_in_sync:
+                vol.are_in_sync(w for w in to_ack[n_before:] if w.tracked)
             if end == at:
+                self._ack_run(to_ack)  # what follows may end a resync, which says that all acks are under way
+                to_ack = []
                 vol.n_local -= 1
                 self._done_slow(vol, ops[at])
                 end += 1
@@ -263,7 +271,7 @@ class Replica:
         self.e.replica_progressed()
 
     def _ack_run(self, writes: list[PeerWrite]) -> None:
-        """P_WRITE_ACK for each write, in as few buffers as there are volumes."""
+        """P_WRITE_ACK, or P_RS_WRITE_ACK, for each write, in as few buffers as there are volumes."""
         at = 0
         while at < len(writes):
             vol = self.e.volumes[writes[at].volume]

@@ -8,6 +8,7 @@ data plane tests one flag per batch instead of a rule per request.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .activity_log import ActivityLog
@@ -15,7 +16,7 @@ from .bitmap import Bitmap
 from .config import NetOptions, VolumeConfig
 from .intervals import Intervals, OrderedIntervals
 from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
-from .requests import Request
+from .requests import DiskOp, Request
 from .states import ConnState, DiskState, Role, State
 from .units import SECTOR
 from .uuids import UuidSet, md_flags
@@ -150,7 +151,8 @@ class Volume:
         self.tell_out_of_sync = s.conn in (ConnState.AHEAD, ConnState.WF_BITMAP_S)
         self.dual = s.role is s.peer is Role.PRIMARY and s.conn >= ConnState.CONNECTED
         self.fast = (
-            self.mirror and not self.dual and s.conn == ConnState.CONNECTED and s.disk == DiskState.UP_TO_DATE
+            self.mirror and not self.dual and (s.conn == ConnState.CONNECTED or self.syncing)
+            and s.disk == DiskState.UP_TO_DATE
             and s.role == Role.PRIMARY and not s.suspended and not self.al_suspended and not self.io_holds
             and not self.net.data_integrity_alg and self.net.protocol == "C"
         )  # fmt: skip
@@ -281,3 +283,8 @@ class Volume:
         end = n_bits if offset + length >= self.size else (offset + length) >> 12
         first = (offset + 4095) >> 12
         return self.bitmap.clear(first, end) if first < end else 0
+
+    def are_in_sync(self, writes: Iterable[DiskOp]) -> None:
+        """Both disks have these writes."""
+        for write in writes:
+            self.set_in_sync(write.offset, write.length)

@@ -49,7 +49,8 @@ class Owner:
 
 OWNER = Owner()
 
-LEGS = (0, BOTH_OK | MIRRORED | IN_LOG | AL_REF, IN_LOG | MIRRORED, LOCAL_OK | IN_LOG, BOTH_OK | IN_SYNC)
+LEGS = (0, BOTH_OK | MIRRORED | IN_LOG | AL_REF, IN_LOG | MIRRORED, LOCAL_OK | IN_LOG, BOTH_OK | IN_SYNC,
+        BOTH_OK | IN_LOG | IN_SYNC)  # fmt: skip
 offsets = st.sampled_from((0, 512, 3584, 4096, 8192, (4 << 20) - 4096, (4 << 20) - 512, 4 << 20, 6 << 20))
 lengths = st.sampled_from((512, 1024, 4096, 8192, 65536, 1 << 20, (1 << 20) + 512))
 requests = st.lists(
@@ -92,13 +93,16 @@ def test_sort_batch(story: list[tuple[int, ...]], hot: set[int], busy_block: int
     told(tell)
 
 
-@given(requests, st.sampled_from((0, 7, 0xFFFFFFFE, 1 << 33)), st.sampled_from((1, 1 << 40)))
+FLAGS = (DP_SEND_WRITE_ACK, DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC)
+
+
+@given(requests, st.sampled_from((0, 7, 0xFFFFFFFE, 1 << 33)), st.sampled_from((1, 1 << 40)), st.sampled_from(FLAGS))
 @settings(deadline=None)
-def test_pack_writes(story: list[tuple[int, ...]], seq: int, block_id: int) -> None:
+def test_pack_writes(story: list[tuple[int, ...]], seq: int, block_id: int, dp: int) -> None:
     def tell(twin: ModuleType) -> object:
         rs = [r for r in made(story) if r.op == Op.WRITE]
         out, inflight = list[Any](), dict[int, Any]()
-        sent = twin.pack_writes(out, inflight, rs, 3, seq, block_id, "epoch")
+        sent = twin.pack_writes(out, inflight, rs, 3, seq, block_id, "epoch", dp)
         return sent, b"".join(map(bytes, out)), {i: r.cookie for i, r in inflight.items()}, image(rs)
 
     told(tell)
@@ -114,12 +118,18 @@ def test_written_here(story: list[tuple[int, ...]], at: int) -> None:
     told(tell)
 
 
-@given(requests, st.integers(0, 40), st.sampled_from((None, P.RS_WRITE_ACK, P.PING)), st.booleans())
+@given(
+    requests, st.integers(0, 40), st.sampled_from((None, P.RS_WRITE_ACK, P.NEG_ACK, P.PING)), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
 @settings(deadline=None)
-def test_take_acks(story: list[tuple[int, ...]], cut: int, other: Packet | None, strange: bool) -> None:
+def test_take_acks(
+    story: list[tuple[int, ...]], cut: int, other: Packet | None, strange: bool, syncing: bool
+) -> None:
     def tell(twin: ModuleType) -> object:
         rs, finished = made(story), list[Request]()
-        acks = [pack_ack(P.WRITE_ACK, r.volume, r.offset >> 9, r.block_id, r.length, 5 + r.cookie) for r in rs]
+        kind = P.RS_WRITE_ACK if syncing else P.WRITE_ACK
+        acks = [pack_ack(kind, r.volume, r.offset >> 9, r.block_id, r.length, 5 + r.cookie) for r in rs]
         if other is not None:
             acks.insert(len(acks) // 2, pack_ack(other, 0, 0, 0, 0, 0))
         if strange:
@@ -141,7 +151,8 @@ def test_settle_writes(story: list[tuple[int, ...]], at: int) -> None:
         for i, r in enumerate(rs):  # each in a place of its own, as the machine has them
             r.offset += i * (16 << 20)
             busy.update(dict.fromkeys(range(r.offset >> 12, (r.offset + r.length + 4095) >> 12), r))
-        return twin.settle_writes(rs, min(at, len(rs)), busy), sorted(busy), image(rs)
+        in_sync = list[Request]()
+        return twin.settle_writes(rs, min(at, len(rs)), busy, in_sync), names(in_sync), sorted(busy), image(rs)
 
     told(tell)
 
@@ -162,15 +173,20 @@ packets = st.lists(
     st.tuples(
         st.sampled_from((P.DATA, P.DATA, P.DATA, P.BARRIER)), st.sampled_from((0, 0, 0, 1)), offsets,
         st.sampled_from((0, 512, 513, 4096, 65536, 1 << 20, (1 << 20) + 512)),
-        st.sampled_from((DP_SEND_WRITE_ACK, DP_SEND_WRITE_ACK | DP_FUA, DP_MAY_SET_IN_SYNC)),
+        st.sampled_from((*FLAGS, DP_SEND_WRITE_ACK | DP_FUA, DP_MAY_SET_IN_SYNC)),
     ),
     max_size=5,
 )  # fmt: skip
 
 
-@given(packets, st.integers(0, 600), st.sampled_from((MAGIC, 1)), st.sampled_from((SIZE, 4 << 20, 1 << 50)))
+@given(
+    packets, st.integers(0, 600), st.sampled_from((MAGIC, 1)), st.sampled_from((SIZE, 4 << 20, 1 << 50)),
+    st.sampled_from((None, None, {}, {0: "other"}, {2: "other"})),
+)  # fmt: skip
 @settings(deadline=None)
-def test_receive_writes(story: list[tuple[Any, ...]], cut: int, magic: int, size: int) -> None:
+def test_receive_writes(
+    story: list[tuple[Any, ...]], cut: int, magic: int, size: int, held: dict[int, Any] | None
+) -> None:
     stream = bytearray(b"xx")
     for i, (cmd, volume, offset, length, flags) in enumerate(story):
         if cmd == P.BARRIER:
@@ -183,9 +199,11 @@ def test_receive_writes(story: list[tuple[Any, ...]], cut: int, magic: int, size
 
     def tell(twin: ModuleType) -> object:
         epoch, disk = PeerEpoch(), list[Any]()
-        said = twin.receive_writes(view, 2, 0, size, epoch, disk)
+        busy = None if held is None else dict(held)
+        said = twin.receive_writes(view, 2, 0, size, epoch, disk, busy)
         assert all(type(w) is PeerWrite and w.epoch is epoch for w in disk)
-        return said, [
+        holders = {block: getattr(w, "block_id", w) for block, w in (busy or {}).items()}
+        return said, holders, [
             (w.op, w.volume, w.area, w.offset, w.length, bytes(w.payload), w.flags, w.error, w.sector, w.block_id, w.dp,
              w.tracked, w.al_ref)
             for w in disk
@@ -197,7 +215,7 @@ def test_receive_writes(story: list[tuple[Any, ...]], cut: int, magic: int, size
 def test_a_sector_beyond_every_device_is_left_to_the_long_path() -> None:
     far = pack_data(P.DATA, 0, (1 << 64) - 1, 1, 1, DP_SEND_WRITE_ACK, 512, b"") + bytes(512)
     for twin in TWINS:
-        assert twin.receive_writes(memoryview(far), 0, 0, SIZE, PeerEpoch(), []) == (0, 0, 0, 0)
+        assert twin.receive_writes(memoryview(far), 0, 0, SIZE, PeerEpoch(), [], None) == (0, 0, 0, 0)
 
 
 peer_writes = st.lists(
@@ -210,9 +228,11 @@ peer_writes = st.lists(
 )  # fmt: skip
 
 
-@given(peer_writes, st.integers(0, 2), st.sampled_from((0, 0xFFFFFFFD)), st.booleans())
+@given(peer_writes, st.integers(0, 2), st.sampled_from((0, 0xFFFFFFFD)), st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_written_for_peer_and_pack_write_acks(story: list[Any], at: int, seq: int, dead: bool) -> None:
+def test_written_for_peer_and_pack_write_acks(
+    story: list[Any], at: int, seq: int, dead: bool, syncing: bool
+) -> None:
     def tell(twin: ModuleType) -> object:
         epochs = PeerEpoch(), PeerEpoch()
         epochs[1].dead = dead
@@ -223,10 +243,15 @@ def test_written_for_peer_and_pack_write_acks(story: list[Any], at: int, seq: in
             epochs[which].active += 1
             ops.append(w)
         to_ack: list[PeerWrite] = []
-        said = twin.written_for_peer(ops, min(at, len(ops)), 0, to_ack)
+        busy: dict[int, Any] = {}
+        for i, w in enumerate(ops):  # each in a place of its own, as the machine has them
+            w.offset += i * (16 << 20)
+            if w.tracked:
+                busy.update(dict.fromkeys(range(w.offset >> 12, (w.offset + w.length + 4095) >> 12), w))
+        said = twin.written_for_peer(ops, min(at, len(ops)), 0, to_ack, busy if syncing else None)
         end, buffer = twin.pack_write_acks(ops, min(at, len(ops)), 0, seq)
         left = [w.payload is None for w in ops]
-        return said, [w.block_id for w in to_ack], end, bytes(buffer), [e.active for e in epochs], left
+        return said, sorted(busy), [w.block_id for w in to_ack], end, bytes(buffer), [e.active for e in epochs], left
 
     told(tell)
 
@@ -235,7 +260,7 @@ def test_written_for_peer_and_pack_write_acks(story: list[Any], at: int, seq: in
     ("name", "arguments"),
     [
         ("sort_batch", (["x"], [], {}, {}, [])), ("written_here", (["x"], 0, 0, [])),
-        ("settle_writes", ([object()], 0, {})), ("pack_writes", ([], {}, ["x"], 0, 0, 0, None)),
+        ("settle_writes", ([object()], 0, {}, [])), ("pack_writes", ([], {}, ["x"], 0, 0, 0, None, 0)),
         ("pack_write_acks", ([object()], 0, 0, 0)),
     ],
 )  # fmt: skip
