@@ -17,6 +17,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
+from .intervals import Range
 from .meta_writer import CallbackOp
 from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op, PeerEpoch, PeerWrite
 from .states import ConnState, DiskState
@@ -77,7 +78,7 @@ class Replica:
         The short path: no digests, nothing stalled, and during a resync nothing in the way. Stops in
         front of whatever it does not handle; the caller's long path takes that.
         """
-        busy = vol.peer_intervals.busy if vol.syncing else None
+        busy = self._busy(vol)
         end, count, received, seq = batches.receive_writes(
             view, at, vol.number, vol.size, self.epoch, self.e.out.disk, busy
         )
@@ -92,11 +93,20 @@ class Replica:
             vol.saw(seq)
         return end
 
+    def _busy(self, vol: Volume) -> dict[int, Range] | None:
+        """Where the short path enters blocks during a resync; None: it takes no write that has to be entered.
+
+        Nor may one be that decides between two Primaries, or that a write of ours waits for.
+        """
+        if vol.syncing and not vol.dual and not self.e.conflicts.postponed:
+            return vol.peer_intervals.busy
+        return None
+
     def plain(self, vol: Volume) -> bool:
         """May `receive_run` be used for this volume now?"""
         return (
             vol.local and not vol.dual and self.stall is None and not self.stalled
-            and (vol.state.conn == _CONNECTED or (vol.syncing and vol.peer_intervals.busy is not None))
+            and (vol.state.conn == _CONNECTED or self._busy(vol) is not None)
             and vol.state.pdsk >= _INCONSISTENT
             and self.e.config.net.protocol == "C" and self.e.peer_integrity is None
         )  # fmt: skip
@@ -247,7 +257,7 @@ class Replica:
         at, n = 0, len(ops)
         while at < n:
             vol = self.e.volumes[ops[at].volume]
-            busy = vol.peer_intervals.busy if vol.syncing else None
+            busy = self._busy(vol)
             n_before = len(to_ack)
             end, written, n_in_sync = batches.written_for_peer(ops, at, vol.number, to_ack, busy)
             vol.n_local -= end - at

@@ -43,6 +43,7 @@ class Resync:
         if vol.target_done and vol.state.conn in (ConnState.SYNC_SOURCE, ConnState.PAUSED_SYNC_S):
             self.source.peer_finished(vol)
         else:
+            self.source.go_on(vol)
             self.target.progressed(vol)
 
     # ------------------------------------------------------------------------------ bitmap exchange
@@ -204,6 +205,7 @@ class Resync:
 
     def aborted(self, vol: Volume) -> None:
         """The connection or a disk went: forget the run; the bits stay."""
+        self.source.give_up(vol)
         run, vol.target, vol.source = vol.target, None, None
         vol.target_done = False
         self._next_run(vol)
@@ -213,12 +215,15 @@ class Resync:
                     wake()
 
     def deadline(self) -> float | None:
-        """When a rate limit, the speed marks or the metadata want attention."""
+        """When a rate limit, a rest, the speed marks or the metadata want attention."""
         times = []
         for vol in self.e.volumes.values():
             if not vol.syncing:
                 continue
             times.append(vol.rs_marks[-1][0] + MARK_S if vol.rs_marks else self.e.now + MARK_S)
+            for side in (vol.source, vol.target):
+                if side is not None and side.pace.resting:
+                    times.append(side.pace.next_at)
             run = vol.target
             if run is not None and run.ready and not run.ending and vol.state.conn == ConnState.SYNC_TARGET:
                 rate = self.target.rate(vol)
@@ -233,6 +238,9 @@ class Resync:
                 continue
             if not vol.rs_marks or now >= vol.rs_marks[-1][0] + MARK_S:
                 vol.rs_marks.append((now, vol.bits_left))
+            for side in (vol.source, vol.target):
+                if side is not None:
+                    side.pace.resting = False  # unless it is found to be so again
             run = vol.target or vol.source
             if run is not None and now >= run.next_persist and vol.meta is not None and vol.meta.idle:
                 run.next_persist = now + PERSIST_S

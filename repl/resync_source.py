@@ -2,15 +2,17 @@
 
 A read holds its range against our applications until the reply is on its way, so that on the data socket a
 block and a later write of it stand in the right order. The bits clear as the target confirms blocks; the
-resync is over when the target says so and no bit is left. Source: drbd_receiver.c (receive_DataRequest,
-receive_state), drbd_worker.c (w_e_end_rsdata_req, w_e_end_csum_rs_req, drbd_resync_finished).
+resync is over when the target says so and no bit is left. While applications are at work here, requests wait for
+their turn (`pace`). Source: drbd_receiver.c (receive_DataRequest, receive_state), drbd_worker.c
+(w_e_end_rsdata_req, w_e_end_csum_rs_req, drbd_resync_finished).
 """
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy as np
 from .bitmap_exchange import BitmapReceiver
 from .intervals import Lock, overlap
 from .meta_writer import CallbackOp
+from .pace import Pace
 from .requests import DATA, IF_HOLE, Buffer, DiskOp, Op
 from .resync_target import PERSIST_S, log_done
 from .states import ConnState, DiskState
@@ -29,16 +32,32 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-Asked = tuple[int, int]  # on which connection, in which resync
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A target's request for *size* bytes, of which it may know the digest; *thin*: zeroes need only be named.
+
+    *link* and *run* say on which connection and in which resync it was made.
+    """
+
+    link: int
+    run: int
+    sector: int
+    block_id: int
+    size: int
+    digest: bytes | None
+    thin: bool
 
 
 class SourceRun:
     """A volume's resync as source."""
 
-    __slots__ = ("asked", "next_persist", "receiver", "sync_uuid")
+    __slots__ = ("asked", "next_persist", "out", "pace", "receiver", "sync_uuid", "waiting")
 
     def __init__(self, now: float) -> None:
         self.receiver: BitmapReceiver | None = None
+        self.pace = Pace()
+        self.waiting: deque[Asked] = deque()  # for their turn
+        self.out: dict[int, int] = {}  # sector -> bytes that are served and that the target has not confirmed
         self.asked = False  # the target has asked for a block: its own metadata say that it is Inconsistent
         self.next_persist = now + PERSIST_S
         self.sync_uuid: int | None = None  # of a full sync, known before the handler is asked
@@ -52,40 +71,62 @@ class Source:
 
     def serve(self, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool) -> None:
         """P_RS_DATA_REQUEST, P_RS_THIN_REQ or P_CSUM_RS_REQUEST."""
-        if vol.state.disk != DiskState.UP_TO_DATE:
-            self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
-            return
-        if vol.sync_ending or vol.begin_unknown:  # it has taken the sync UUID and is not through
-            vol.sync_ending = False
-            if vol.source is not None:
-                vol.source.asked = True
+        run = vol.source
+        if vol.state.disk == DiskState.UP_TO_DATE and (vol.sync_ending or vol.begin_unknown):
+            vol.sync_ending = False  # it has taken the sync UUID and is not through
+            if run is not None:
+                run.asked = True
             self.e.write_superblock(vol, None)
-        asked = (self.e.link.ticket, vol.rs_run)
-        self._read(asked, vol, sector, block_id, size, digest, thin)
+        asked = Asked(self.e.link.ticket, vol.rs_run, sector, block_id, size, digest, thin)
+        if run is None:
+            self._serve(vol, asked)
+        else:
+            run.waiting.append(asked)
+            self.go_on(vol)
 
-    def _read(
-        self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
-    ) -> None:
-        offset = sector << 9
-        block = Lock(offset, size)
-        if self._written_alone(vol, block):
-            self.e.when(
-                lambda: not self._written_alone(vol, block),
-                lambda: self._read_later(asked, vol, sector, block_id, size, digest, thin),
-            )
+    def go_on(self, vol: Volume) -> None:
+        """Serve what has waited for its turn, as far as our applications leave room for it."""
+        run, now, rate = vol.source, self.e.now, vol.config.disk_options.c_min_rate
+        while run is not None and run.waiting and run.pace.room(now, vol.at_work(now), rate) > 0:
+            asked = run.waiting.popleft()
+            self._settled(vol, asked.sector)
+            run.out[asked.sector] = asked.size
+            run.pace.begun(now, asked.size)
+            self._serve(vol, asked)
+
+    def give_up(self, vol: Volume) -> None:
+        """The run is over before its end: nothing that still waits will be served."""
+        run = vol.source
+        if run is not None and vol.state.connected:
+            for asked in run.waiting:
+                self._refuse(vol, asked)
+
+    def _settled(self, vol: Volume, sector: int) -> None:
+        """What was served at *sector* has its end."""
+        run = vol.source
+        if run is not None and (size := run.out.pop(sector, 0)):
+            run.pace.settled(self.e.now, size, vol.config.disk_options.c_min_rate)
+
+    def _serve(self, vol: Volume, asked: Asked) -> None:
+        if asked.link != self.e.link.ticket or not vol.state.connected:
             return
-        blocker = vol.intervals.blocker(offset, size)
+        if vol.state.disk != DiskState.UP_TO_DATE:
+            self._refuse(vol, asked)
+            return
+        offset = asked.sector << 9
+        lock = Lock(offset, asked.size)
+        if self._written_alone(vol, lock):
+            self.e.when(lambda: not self._written_alone(vol, lock), lambda: self._serve(vol, asked))
+            return
+        blocker = vol.intervals.blocker(offset, asked.size)
         if blocker is not None:
-            vol.intervals.wait(
-                blocker, lambda: self._read_later(asked, vol, sector, block_id, size, digest, thin)
-            )
+            vol.intervals.wait(blocker, lambda: self._serve(vol, asked))
             return
-        lock = Lock(offset, size)
         vol.intervals.add(lock)
         vol.n_local += 1
         self.e.out.disk.append(
-            CallbackOp(Op.READ, vol.number, offset, size, None, IF_HOLE if thin else 0, DATA,
-                       lambda op: self._served(asked, vol, lock, block_id, op, digest, thin))
+            CallbackOp(Op.READ, vol.number, offset, asked.size, None, IF_HOLE if asked.thin else 0, DATA,
+                       lambda op: self._served(vol, lock, asked, op))
         )  # fmt: skip
 
     def _written_alone(self, vol: Volume, block: Lock) -> bool:
@@ -93,50 +134,43 @@ class Source:
         alone = self.e.replica.alone
         return bool(alone) and any(w.volume == vol.number and overlap(w, block) for w in alone)
 
-    def _read_later(
-        self, asked: Asked, vol: Volume, sector: int, block_id: int, size: int, digest: bytes | None, thin: bool
-    ) -> None:
-        if asked[0] != self.e.link.ticket or not vol.state.connected:
-            return
-        if vol.state.disk == DiskState.UP_TO_DATE:
-            self._read(asked, vol, sector, block_id, size, digest, thin)
-        else:
-            self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
+    def _refuse(self, vol: Volume, asked: Asked) -> None:
+        self.e.send_ack(Packet.NEG_RS_DREPLY, vol, asked.sector, asked.block_id, asked.size)
+        if asked.run == vol.rs_run:
+            self._settled(vol, asked.sector)
 
-    def _served(
-        self, asked: Asked, vol: Volume, lock: Lock, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
-    ) -> None:
+    def _served(self, vol: Volume, lock: Lock, asked: Asked, op: DiskOp) -> None:
         vol.n_local -= 1
         waiters = vol.intervals.remove(lock)
-        sector, size = lock.offset >> 9, lock.length
-        if asked[0] == self.e.link.ticket and vol.state.connected:
+        if asked.link == self.e.link.ticket and vol.state.connected:
             if op.error:
-                self.e.send_ack(Packet.NEG_RS_DREPLY, vol, sector, block_id, size)
-                vol.rs_failed += size >> 12
-            elif self._reply(vol, sector, block_id, op, digest, thin):
-                (vol.rs_replied if asked[1] == vol.rs_run else vol.rs_late).add(sector)
+                self._refuse(vol, asked)
+                vol.rs_failed += asked.size >> 12
+            elif self._reply(vol, asked, op):
+                (vol.rs_replied if asked.run == vol.rs_run else vol.rs_late).add(asked.sector)
+            elif asked.run == vol.rs_run:
+                self._settled(vol, asked.sector)
         if op.error:
             self.e.disks.failed(vol, op.error or errno.EIO, write=False)
         for wake in waiters:
             wake()
+        self.go_on(vol)
         self.e.disks.local_idle(vol)
 
-    def _reply(
-        self, vol: Volume, sector: int, block_id: int, op: DiskOp, digest: bytes | None, thin: bool
-    ) -> bool:
+    def _reply(self, vol: Volume, asked: Asked, op: DiskOp) -> bool:
         """Send what was read. Will the target answer? Not where it has the same already."""
-        if thin and (op.payload is None or _all_zero(op.payload)):
-            self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, sector, op.length))
+        if asked.thin and (op.payload is None or _all_zero(op.payload)):
+            self.e.out.data.append(pack_block_desc(Packet.RS_DEALLOCATED, vol.number, asked.sector, op.length))
             return True
         assert op.payload is not None
         vol.bytes_read += op.length
-        if digest is not None and self.e.csums is not None and self.e.csums(op.payload) == digest:
-            self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, sector, block_id, op.length)
+        if asked.digest is not None and self.e.csums is not None and self.e.csums(op.payload) == asked.digest:
+            self.e.send_ack(Packet.RS_IS_IN_SYNC, vol, asked.sector, asked.block_id, op.length)
             vol.set_in_sync(op.offset, op.length)
             return False
         check = self.e.integrity(op.payload) if self.e.integrity else b""
         self.e.out.data += (
-            pack_data(Packet.RS_DATA_REPLY, vol.number, sector, block_id, 0, 0, op.length, check),
+            pack_data(Packet.RS_DATA_REPLY, vol.number, asked.sector, asked.block_id, 0, 0, op.length, check),
             op.payload,
         )
         vol.bytes_sent += op.length
@@ -147,13 +181,18 @@ class Source:
 
         From a target that has given up its disk meanwhile this says nothing of what we wrote there since.
         """
-        if not self._late(vol, sector) and vol.state.pdsk >= DiskState.INCONSISTENT:
-            vol.set_in_sync(sector << 9, size)
+        if not self._late(vol, sector):
+            if vol.state.pdsk >= DiskState.INCONSISTENT:
+                vol.set_in_sync(sector << 9, size)
+            self._settled(vol, sector)
+            self.go_on(vol)
 
     def block_refused(self, vol: Volume, sector: int, size: int) -> None:
         """P_NEG_ACK with the syncer's id: the target could not write it."""
         if not self._late(vol, sector):
             vol.rs_failed += max(size >> 12, 1)
+            self._settled(vol, sector)
+            self.go_on(vol)
 
     def _late(self, vol: Volume, sector: int) -> bool:
         """Is this the answer to a block of a resync that was given up since? Each block is answered once, in order."""

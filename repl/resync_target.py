@@ -20,6 +20,7 @@ from .digests import Digest
 from .errors import PeerProtocolError
 from .intervals import Lock
 from .meta_writer import CallbackOp
+from .pace import Pace
 from .packets import Feature
 from .requests import DATA, IF_HOLE, MAY_UNMAP, DiskOp, Op
 from .states import ConnState, DiskState, Role
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 WINDOW_IDLE: Final = 8 << 20  # bytes asked for and not yet written: fills a link of 10 Gbit/s and 6 ms
 WINDOW_HOLES: Final = 32 << 20  # where the last answer was a stretch of zeroes, the next will hardly be bytes
-WINDOW_BUSY: Final = 1 << 20  # while applications write: their share comes first
-BUSY_S: Final = 0.1  # an application was heard of this recently
+WINDOW_BUSY: Final = 1 << 20  # while the peer's applications write: their share comes first
 PERSIST_S: Final = 10.0  # how often progress is written to the metadata during a long resync
 
 
@@ -42,7 +42,7 @@ class TargetRun:
 
     __slots__ = (
         "asking", "bytes_out", "checksums", "cursor", "ending", "failed", "in_holes", "n_equal", "next_persist", "out",
-        "piece_bits", "ready", "receiver", "thin", "tokens", "tokens_at",
+        "pace", "piece_bits", "ready", "receiver", "thin", "tokens", "tokens_at",
     )  # fmt: skip
 
     def __init__(self, now: float) -> None:
@@ -50,6 +50,7 @@ class TargetRun:
         self.cursor = 0
         self.out: dict[int, Lock] = {}  # sector -> the range asked for, until it is on the disk
         self.bytes_out = 0
+        self.pace = Pace()
         self.failed: set[int] = set()  # bits the source could not read or we could not write
         self.ready = False  # the merged bitmap is durable, no untracked write is in flight
         self.ending = False
@@ -99,8 +100,7 @@ class Target:
         fill = vol.config.disk_options.c_fill_target * SECTOR
         if fill:
             return fill
-        busy = self.e.now - vol.last_app_io < BUSY_S or vol.n_unacked or vol.n_app
-        return WINDOW_BUSY if busy else WINDOW_HOLES if run.in_holes else WINDOW_IDLE
+        return WINDOW_BUSY if vol.n_unacked else WINDOW_HOLES if run.in_holes else WINDOW_IDLE
 
     @staticmethod
     def rate(vol: Volume) -> int:
@@ -119,7 +119,8 @@ class Target:
 
     def _ask(self, vol: Volume, run: TargetRun) -> None:
         window, allowance = self._window(vol, run), self._allowance(vol, run)
-        while run.bytes_out < window and allowance > 0:
+        now, rate = self.e.now, vol.config.disk_options.c_min_rate
+        while run.bytes_out < window and allowance > 0 and run.pace.room(now, vol.at_work(now), rate) > 0:
             bit = vol.bitmap.next_set(run.cursor)
             while bit >= 0 and (bit in run.failed):
                 bit = vol.bitmap.next_set(bit + 1)
@@ -136,6 +137,7 @@ class Target:
             vol.intervals.add(lock)
             run.out[offset >> 9] = lock
             run.bytes_out += length
+            run.pace.begun(now, length)
             run.tokens -= length
             allowance -= length
             run.cursor = end
@@ -256,6 +258,7 @@ class Target:
     def _target_release(self, vol: Volume, run: TargetRun, sector: int) -> None:
         lock = run.out.pop(sector)
         run.bytes_out -= lock.length
+        run.pace.settled(self.e.now, lock.length, vol.config.disk_options.c_min_rate)
         for wake in vol.intervals.remove(lock):
             wake()
 

@@ -16,6 +16,7 @@ from .bitmap import Bitmap
 from .config import NetOptions, VolumeConfig
 from .intervals import Intervals, OrderedIntervals
 from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
+from .pace import BUSY_S
 from .requests import DiskOp, Request
 from .states import ConnState, DiskState, Role, State
 from .units import SECTOR
@@ -166,6 +167,10 @@ class Volume:
     def syncing(self) -> bool:
         """In SyncSource … PausedSyncT: writes may clear bits on both sides."""
         return ConnState.SYNC_SOURCE <= self.state.conn <= ConnState.PAUSED_SYNC_T
+
+    def at_work(self, now: float) -> bool:
+        """Is an application of this node reading or writing?"""
+        return self.n_app > 0 or now - self.last_app_io < BUSY_S
 
     @property
     def bits_left(self) -> int:

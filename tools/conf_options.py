@@ -204,7 +204,7 @@ DISK: Final = _table(
     _number("c-delay-target", 1, 100, 10),
     _number("c-fill-target", 0, 1048576, 0, "s"),
     _number("c-max-rate", 0, 4194304, 0, "k"),
-    _number("c-min-rate", 0, 4194304, 250, "k", support=_LATER),
+    _number("c-min-rate", 0, 4194304, 250, "k"),
     _number("disk-timeout", 0, 6000, 0, support=_LATER),
     _enum("read-balancing", "prefer-local prefer-remote round-robin least-pending when-congested-remote "
           + _STRIPES, _LATER),

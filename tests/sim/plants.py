@@ -24,7 +24,7 @@ from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
 from tandem.repl.replica import Replica
 from tandem.repl.requests import FUA, LOCAL, LOCAL_OK, PEER, PREFLUSH, DiskOp, Op, Request
-from tandem.repl.resync_source import Source
+from tandem.repl.resync_source import Asked, Source
 from tandem.repl.resync_target import Target
 from tandem.repl.transfer_log import TransferLog
 from tandem.repl.volume import Volume
@@ -123,9 +123,9 @@ def _bits_cleared_when_asked_for(mp: Patch) -> None:
         for lock in run.out.values():
             vol.set_in_sync(lock.offset, lock.length)
 
-    def replied(self: Any, vol: Any, sector: int, block_id: int, op: DiskOp, *rest: Any) -> None:
+    def replied(self: Any, vol: Any, asked: Asked, op: DiskOp) -> bool:
         vol.set_in_sync(op.offset, op.length)
-        reply(self, vol, sector, block_id, op, *rest)
+        return reply(self, vol, asked, op)
 
     mp.setattr(Target, "_ask", asked)
     mp.setattr(Source, "_reply", replied)

@@ -59,8 +59,10 @@ class Driven:
     reads, the writes it takes, and the rest. The slow engine is told the order that the fast one chose.
     """
 
-    def __init__(self, slow: bool, max_epoch_size: int, ours: bool) -> None:
-        self.lone = Lone(net={"max_epoch_size": max_epoch_size}).ready(ours=ours)
+    def __init__(self, slow: bool, max_epoch_size: int, ours: bool, syncing: bool) -> None:
+        lone = Lone(net={"max_epoch_size": max_epoch_size})
+        self.lone = lone.source((1, 3), (9, 1025)) if syncing else lone.ready(ours=ours)
+        self.ack = P.RS_WRITE_ACK if syncing else P.WRITE_ACK
         self.order: list[int] = []  # of the last batch
         self.requests: list[Request] = []
         m = self.lone.engine.mirror
@@ -104,7 +106,7 @@ class Driven:
             for block_id, r in list(engine.log.inflight.items()):
                 length = r.length if isinstance(r, Request) else 0
                 sector = r.offset >> 9 if isinstance(r, Request) else 0
-                engine.receive_meta(memoryview(pack_ack(P.WRITE_ACK, 0, sector, block_id, length, 1)))
+                engine.receive_meta(memoryview(pack_ack(self.ack, 0, sector, block_id, length, 1)))
         elif kind == "barrier" and engine.log.epochs and engine.log.epochs[0].barrier_sent:
             epoch = engine.log.epochs[0]
             if all(not r.waiting & PEER for r in epoch.requests):
@@ -119,18 +121,19 @@ class Driven:
         return image(lone, self.requests)
 
 
-@given(steps, st.sampled_from((3, 2048)), st.booleans())
+@given(steps, st.sampled_from((3, 2048)), st.booleans(), st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_the_short_path_does_what_the_long_path_does(
-    story: list[Step], max_epoch_size: int, ours: bool
+    story: list[Step], max_epoch_size: int, ours: bool, syncing: bool
 ) -> None:
-    fast, slow = Driven(False, max_epoch_size, ours), Driven(True, max_epoch_size, ours)
+    fast, slow = (Driven(slow, max_epoch_size, ours, syncing) for slow in (False, True))
     for kind, batch in story:
         assert fast.step(kind, batch) == slow.step(kind, batch, fast.order), (kind, batch)
 
 
-def test_the_short_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    lone = Lone().ready()
+@pytest.mark.parametrize("syncing", [False, True])
+def test_the_short_path_is_really_taken(monkeypatch: pytest.MonkeyPatch, syncing: bool) -> None:
+    lone = Lone().source((9, 1025)) if syncing else Lone().ready()
     lone.submit(Op.WRITE)
     lone.settle()  # the extent is hot now
     monkeypatch.setattr(lone.engine.mirror, "enter", lambda vol, r: pytest.fail("the long path"))
