@@ -494,6 +494,10 @@ class Mirror:
                     r.error = errno.EIO
         if vol.gated and not vol.completion_gates and not vol.state.suspended:
             gated, vol.gated = vol.gated, []
+            if vol.state.disk < DiskState.CONSISTENT:  # went while they were held, and with it what only it had
+                for r in gated:
+                    if r.op != Op.READ and r.legs & BOTH_OK == LOCAL_OK:
+                        r.error = errno.EIO
             self.answer(vol, gated)
 
     # ------------------------------------------------------------------------------ the peer is gone

@@ -22,9 +22,11 @@ STONITH: dict[str, object] = {"fencing": Fencing.RESOURCE_AND_STONITH}
 RESOURCE_ONLY: dict[str, object] = {"fencing": Fencing.RESOURCE_ONLY}
 
 
-def lost(policy: dict[str, object], handlers: tuple[str, ...] = ("fence-peer",)) -> tuple[Lone, Request]:
+def lost(
+    policy: dict[str, object], handlers: tuple[str, ...] = ("fence-peer",), protocol: str = "C"
+) -> tuple[Lone, Request]:
     """A Primary with a write out, right after the connection broke."""
-    lone = Lone(disk=policy, handlers=handlers).ready()
+    lone = Lone(disk=policy, handlers=handlers, net={"protocol": protocol}).ready()
     lone.submit(Op.WRITE)
     lone.settle()
     lone.forget()
@@ -185,12 +187,26 @@ def test_resume_io_takes_responsibility() -> None:
     assert not lone.state.suspended and r in lone.done and len(generations(lone)) == 1
 
 
-def test_a_disk_lost_while_frozen_ends_the_freeze_with_errors() -> None:
-    lone, r = lost(STONITH)
+@pytest.mark.parametrize("protocol", ["B", "C"])  # under B its fate is decided when the connection goes
+def test_a_disk_lost_while_frozen_ends_the_freeze_with_errors(protocol: str) -> None:
+    lone, r = lost(STONITH, protocol=protocol)
     lone.run("detach", force=True)
-    assert lone.local_disk() == D.DISKLESS
+    assert lone.local_disk() == D.DISKLESS and r not in lone.done
     lone.run("resume-io")
     assert r in lone.done and r.error == errno.EIO, "nobody has it"
+
+
+@pytest.mark.parametrize("protocol", ["B", "C"])
+def test_a_disk_and_then_the_peer_again_lost_while_frozen_fail_what_only_that_disk_had(protocol: str) -> None:
+    """Without data nobody is fenced and nothing is frozen for it; the peer may go on without this write."""
+    lone, r = lost(STONITH, protocol=protocol)
+    lone.run("detach", force=True)
+    lone.link()
+    lone.data(lone.features())
+    assert lone.state.susp_fen and r not in lone.done
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone again"))
+    lone.settle()
+    assert not lone.state.suspended and r in lone.done and r.error == errno.EIO
 
 
 # --------------------------------------------------------------------------------------------- promotion
