@@ -3,7 +3,7 @@
 With fencing, or with a careful operator, two histories must not come about. The exceptions are few, and each
 belongs to one generation: one that was begun after the operator let frozen I/O go on, or promoted a node that
 was behind, or detached a Primary's disk so that only the peer heard of it; and one that was on its way to a disk
-when its metadata failed, which nobody was ever shown. A split brain between other generations has no excuse.
+when that disk failed, which nobody was ever shown. A split brain between other generations has no excuse.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class Generations:
                 birth.why = why
 
     def lost(self, node: Node, volume: int, record: DiskRecord) -> None:
-        """A Primary's disk fails an operation on its metadata, and is given up.
+        """A Primary's disk fails an operation, and is given up.
 
-        A generation under way may reach it all the same, as DRBD's does: nobody was shown it, but compared with
-        the peer's next one it is a history of its own.
+        A generation under way may reach it all the same, as DRBD's does, which writes its metadata also to a disk
+        that is Failed (drbd_md_sync): nobody was shown it, but compared with the peer's next one it is a history
+        of its own. DRBD does not promise that such a disk is taken back without a word of the operator.
         """
         assert node.engine is not None
         coming = {identity[1] for identity in record.super_flying} | {node.engine.volumes[volume].uuids.current & ~1}

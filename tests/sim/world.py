@@ -429,7 +429,7 @@ class World:
         """The disk fails one operation."""
         flights = [f for f in node.disks[volume].flights if not f.executed]
         flight = flights[self.chooser.choose(len(flights))]
-        if flight.op.area == META and node.primary:
+        if node.primary and (flight.op.area == META or self.mix.on_io_error != "pass_on"):
             self.checks.generations.lost(node, volume, self.checks.record(node, volume))
         node.disks[volume].execute(flight, EIO)
         self.checks.disk_broke(node, volume)
