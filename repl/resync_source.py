@@ -205,7 +205,10 @@ class Source:
     def before_ping_ack(self, then: Callable[[], None]) -> None:
         """The peer pings, and our answer may be what its resync waits for: *then* may end without our hearing.
 
-        What that means for our next generation (`Volume.end_unknown`) is on disk before the answer goes out.
+        What that means for our next generation (`Volume.end_unknown`) is on disk before the answer goes out. When
+        the disk fails instead there is no answer: a target that has not yet heard of the failure would be UpToDate
+        in a generation that our disk, attached again, takes for its own alone. It misses the answer and breaks
+        the connection. (A kernel answers at once.)
         """
         ending = [
             v for v in self.e.volumes.values()
@@ -219,7 +222,7 @@ class Source:
 
         def durable(ok: bool) -> None:
             nonlocal left
-            left -= 1
+            left -= ok
             if not left and link == self.e.link.ticket:
                 then()
 

@@ -47,6 +47,15 @@ def test_a_peer_without_a_disk_does_not_tell_how_a_resync_ended() -> None:
     assert lone.vol.uuids.current & ~1 != current & ~1, "what is written now must be newer"
 
 
+def test_a_target_may_not_finish_when_the_source_cannot_remember_it() -> None:
+    """The source's disk would come back with the target for Outdated, in the generation that the target has, too."""
+    lone = Lone().source((5, 6), primary=False)
+    lone.meta(pack_ack(P.RS_WRITE_ACK, 0, 5 * 8, ID_SYNCER, 4096, 1), packet(P.PING))
+    lone.answer(*(op for op in lone.disk if op.offset == lone.layout.superblock), error=5)
+    lone.settle()
+    assert lone.local_disk() == DiskState.DISKLESS and not lone.sent(P.PING_ACK)
+
+
 def test_a_peers_generations_tell_how_a_resync_ended() -> None:
     lone = may_have_ended()
     u = lone.vol.uuids
