@@ -409,8 +409,7 @@ class Checks:
             if other.flags & WAS_UP_TO_DATE and (same or not own.bitmap):
                 self.fail("7 generations", f"{write!r} was answered alone without a new current UUID on disk: {own}")
         if self.w.mix.fencing is Fencing.RESOURCE_AND_STONITH and not node.fenced and not node.resumed:
-            met_now = node.engine.n_established > node.n_established  # thawed, and lost again in the same step
-            if vol.state.pdsk > D.OUTDATED and not met_now:
+            if vol.state.pdsk > D.OUTDATED and not node.lost_now(volume):
                 self.fail("8 fencing", f"{write!r} was answered before the fence handler has spoken: {vol.state}")
             if not node.fenced_once and could_be_primary(peer, volume):
                 self.fail("8 fencing", f"{write!r} was answered, but nobody has fenced the peer: {vol.state}")
@@ -458,7 +457,7 @@ class Checks:
             for node in self.w.nodes:
                 if node.engine is not None:
                     self._follow(node, v)
-                    node.n_established = node.engine.n_established
+                    node.before[v] = (node.engine.n_established, node.engine.volumes[v].state)
             # Many differences (a full sync) are looked at now and then, a few at every step.
             if self.differ[v] and (len(self.differ[v]) <= DIFFER_ALWAYS_MAX or self.w.n_steps % 8 == 0):
                 self._check_covered(v)

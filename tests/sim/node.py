@@ -95,7 +95,7 @@ class Node:
         self.attaches: list[Attach] = []
         self.handlers: list[Running] = []
         self.n_meetings = 0  # how often a connection was established
-        self.n_established = 0  # the same as the machine counts it, before this step
+        self.before: dict[int, tuple[int, State]] = {}  # volume -> how often it had met the peer, and how it was
         self.shown = Role.SECONDARY  # the role it told the peer in the handshake
         self.commands: dict[int, Command] = {}
         self.refusals: list[Refusal] = []
@@ -127,6 +127,17 @@ class Node:
         if self.engine is None:
             return False
         return min([v.state.conn for v in self.engine.volumes.values()]) >= ConnState.CONNECTED
+
+    def lost_now(self, volume: int) -> bool:
+        """Was a fence not due yet when this step began, though the volume is frozen at its end?
+
+        The nodes met and parted again within it; or one of several volumes did, that had been parted from a peer
+        known to be no better than Outdated, before the next volume's states ended the handshake.
+        """
+        assert self.engine is not None
+        n_established, state = self.before.get(volume, (0, State()))
+        apart = state.conn < ConnState.CONNECTED and state.pdsk <= DiskState.OUTDATED and not state.suspended
+        return self.engine.n_established > n_established or apart
 
     def good_disk(self, volume: int) -> bool:
         return self.engine is not None and self.state(volume).disk is DiskState.UP_TO_DATE
