@@ -193,7 +193,8 @@ class Verify:
     def _judge(self, link: int, vol: Volume, run: VerifyRun, lock: Lock, theirs: bytes, op: DiskOp) -> None:
         if link != self.e.link.ticket or not vol.state.connected:
             return
-        if vol.verify is not run:
+        if vol.verify is not run or run.out.get(lock.offset >> 9) is not lock:
+            # Given up; or judged already: an earlier run's late reply came as well, on the same connection.
             self.e.send_ack(Packet.OV_RESULT, vol, lock.offset >> 9, ID_IN_SYNC, lock.length)
             return
         equal = not op.error and op.payload is not None and self._digest(op.payload) == theirs

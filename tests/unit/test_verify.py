@@ -12,6 +12,7 @@ from tandem.repl.wire import (
     pack_ack,
     pack_block_req,
     pack_state_change,
+    pack_state_reply,
     unpack_block_req,
 )
 
@@ -72,3 +73,19 @@ def test_the_first_request_tells_where_the_peer_began() -> None:
     lone.settle()
     lone.meta(verdict(n_bits - 1), verdict(n_bits - 2))
     assert lone.conn() == ConnState.CONNECTED
+
+
+def test_a_late_reply_of_a_verify_that_was_given_up_is_compared_once_with_its_block() -> None:
+    """Detached, attached and begun again on one connection: the first run's reply comes beside the second's."""
+    size = digest("crc32c")
+    assert size is not None
+    lone = Lone(size=64 * BLOCK, net={"verify_alg": "crc32c"}).ready()
+    lone.command("verify", 0)
+    lone.meta(pack_state_reply(1, 0, False))
+    assert lone.conn() == ConnState.VERIFY_S
+    zeroes = size(bytes(BLOCK))
+    reply = pack_block_req(P.OV_REPLY, 0, 0, ID_SYNCER, BLOCK, zeroes)
+    lone.data(reply, reply)
+    lone.settle()
+    assert lone.conn() == ConnState.VERIFY_S
+    assert len(lone.sent(P.OV_RESULT)) == 2, "each reply has its verdict"
