@@ -45,12 +45,12 @@ def given_up(checks: Checks, node: Node, volume: int) -> bool:
     By the operator, or by on-io-error pass_on, under which one failed block makes a whole disk Inconsistent, also
     that of a Primary alone. DRBD then prefers every disk that is not: it becomes the source (drbd_sync_handshake:
     "Becoming sync target due to disk states"), and a fence-peer handler finds the other worse than Outdated. A
-    Primary that has met it is its sync target, and no second history.
+    Primary that is the sync target of *node* reads from it and writes through it: no second history.
     """
     peer = checks.w.peer_of(node)
     discarded = checks.w.ledgers[volume].copies[peer.index].discarded
-    met = node.connected and peer.connected
-    return discarded and (met or not peer.primary) and _inconsistent(peer, volume)
+    follows = node.connected and peer.connected and peer.state(volume).conn in (C.SYNC_TARGET, C.PAUSED_SYNC_T)
+    return discarded and (follows or not peer.primary) and _inconsistent(peer, volume)
 
 
 def _inconsistent(node: Node, volume: int) -> bool:
