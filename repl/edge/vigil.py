@@ -8,7 +8,8 @@ is learnt from the waits themselves, as hypervisors do it for idle processors (L
 It takes no processor from anybody: with each look it offers its own to whoever waits for one. Where somebody did
 and kept it, the machine may have better things to do, and the loop sleeps as usual: for a moment the first time,
 because the kernel's own threads do the same on an idle machine, and for longer and longer when it happens again at
-once. It also stops where batches are large: a wake-up for each of them costs little, and meanwhile they grow.
+once. And the larger the batches are, the less it looks: what a wake-up costs is shared by the batch, and meanwhile
+the next one grows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is wort
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
-FEW: Final = 16.0  # operations per wake-up, on average, above which a wake-up more does not matter
+FEW: Final = 4.0  # operations per wake-up, on average; beyond, twice as many are worth a quarter of the look
 
 
 class Vigil:
@@ -33,8 +34,8 @@ class Vigil:
     *clock* gives seconds, *offer* lets whoever waits for a processor have this one; both are there for tests.
     """
 
-    __slots__ = ("_began", "_clock", "_learning", "_looking", "_loop", "_offer", "_rest_s", "_rest_until", "_size",
-                 "_until", "_window")  # fmt: skip
+    __slots__ = ("_began", "_clock", "_learning", "_longest", "_looking", "_loop", "_offer", "_rest_s", "_rest_until",
+                 "_size", "_until", "_window")  # fmt: skip
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic,
@@ -50,6 +51,7 @@ class Vigil:
         self._learning = False  # the wait that ends next says something about the next one
         self._rest_until = 0.0  # the machine is busy until then
         self._rest_s = 0.0  # how long it counted as busy the last time
+        self._longest = LOOK_MAX_S  # how long it may look, for batches like the last ones
         self._size = FEW  # operations per wake-up, a moving average
 
     def woken(self) -> None:
@@ -57,7 +59,7 @@ class Vigil:
         if self._looking or not self._learning:
             return  # in time, or not a wait to learn from
         waited = self._clock() - self._began
-        if waited > LOOK_MAX_S:  # by halves, so that a long wait among short ones does not end it
+        if waited > self._longest:  # by halves, so that a long wait among short ones does not end it
             self._window = self._window / 2 if self._window > LOOK_FIRST_S else 0.0
         elif waited > self._window:
             self._window = min(max(2 * self._window, LOOK_FIRST_S), LOOK_MAX_S)
@@ -67,7 +69,9 @@ class Vigil:
         self._size += (n - self._size) / 8
         self._learning = True
         self._began = self._clock()
-        self._until = self._began + self._window if self._size < FEW else 0.0
+        few = FEW / self._size if self._size > FEW else 1.0
+        self._longest = LOOK_MAX_S * few * few
+        self._until = self._began + min(self._window, self._longest)
         if not self._looking and self._rest_until < self._began < self._until:
             self._looking = True
             self._loop.call_soon(self._look)

@@ -87,6 +87,14 @@ def test_large_batches_are_not_hurried() -> None:
     assert not world.soon
 
 
+def test_the_larger_the_batches_the_shorter_the_look() -> None:
+    """Batches of eight are worth a quarter of the look, of sixteen a sixteenth."""
+    for n, short_s, long_s in ((8, 50e-6, 80e-6), (16, 10e-6, 25e-6)):
+        world = World()
+        assert all([world.event_after(short_s, n) for _ in range(60)][-8:])
+        assert not any([world.event_after(long_s, n) for _ in range(60)][-8:])
+
+
 def test_one_long_wait_among_short_ones_does_not_end_it() -> None:
     world = World()
     seen = []
