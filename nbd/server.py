@@ -320,7 +320,7 @@ class Session:
         return self._sender.congested
 
     def settled(self) -> None:
-        if not self._within:
+        if not self._within and not self._reading:  # a session that reads has nothing to gain by answers
             self._review()
 
     def ask_status(self, query: StatusQuery) -> None:

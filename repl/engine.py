@@ -183,10 +183,10 @@ class Engine:
         if self._awaited:
             self._look()
         out = self.out
-        if not out:
-            return NOTHING
-        self.out = Outbox()
-        return out
+        if out.data or out.meta or out.disk or out.done or out.effects:  # without the call that bool(out) is
+            self.out = Outbox()
+            return out
+        return NOTHING
 
     @property
     def congested(self) -> bool:

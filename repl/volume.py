@@ -135,6 +135,7 @@ class Volume:
         self.local = False  # the local disk takes writes
         self.mirror = False  # writes go to the peer
         self.tell_out_of_sync = False  # the peer is told which blocks it misses
+        self.syncing = False  # in SyncSource … PausedSyncT: writes may clear bits on both sides
         self.dual = False  # both nodes are Primary: concurrent writes are possible
         self.fast = False  # nothing special: the data plane may take its short path
         self.refresh()
@@ -150,6 +151,7 @@ class Volume:
             or (s.pdsk >= DiskState.INCONSISTENT and ConnState.WF_BITMAP_T <= s.conn < ConnState.AHEAD)
         )
         self.tell_out_of_sync = s.conn in (ConnState.AHEAD, ConnState.WF_BITMAP_S)
+        self.syncing = ConnState.SYNC_SOURCE <= s.conn <= ConnState.PAUSED_SYNC_T
         self.dual = s.role is s.peer is Role.PRIMARY and s.conn >= ConnState.CONNECTED
         self.fast = (
             self.mirror and not self.dual and (s.conn == ConnState.CONNECTED or self.syncing)
@@ -162,11 +164,6 @@ class Volume:
         """A packet of the peer had this sequence number."""
         if (seq - self.peer_seq) & 0xFFFFFFFF < HALF:
             self.peer_seq = seq
-
-    @property
-    def syncing(self) -> bool:
-        """In SyncSource … PausedSyncT: writes may clear bits on both sides."""
-        return ConnState.SYNC_SOURCE <= self.state.conn <= ConnState.PAUSED_SYNC_T
 
     def at_work(self, now: float) -> bool:
         """Is an application of this node reading or writing?"""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import stat
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ M_TRIM_THRESHOLD: Final = -1  # mallopt(3), malloc.h of glibc
 M_MMAP_THRESHOLD: Final = -3
 M_ARENA_MAX: Final = -8
 KEPT_BYTES: Final = 64 << 20  # what the heap may keep for the next payloads: two sessions' requests in flight
+GARBAGE_OBJECTS: Final = 20_000  # some 5 MB, should all of it be garbage that only the collector finds
 HEAP_PAYLOAD_MAX: Final = 32 << 20  # longer ones come from the kernel; glibc allows no more than this
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,6 +54,15 @@ def keep_memory() -> None:
         mallopt(M_ARENA_MAX, 1)
         mallopt(M_MMAP_THRESHOLD, HEAP_PAYLOAD_MAX)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def collect_seldom() -> None:
+    """Let Python look for circles of garbage once for many objects that were made, not for 700.
+
+    A request, and whatever else there are thousands of, is in no circle that outlives it, so that nearly all the looks
+    find nothing, and each one goes through every request of the transfer log.
+    """
+    gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
 
 
 def give_memory_back() -> None:

@@ -42,7 +42,7 @@ from tandem.repl.events import (
 )
 from tandem.repl.requests import DiskOp, Owner, Request
 
-from .blockio import give_memory_back, keep_memory
+from .blockio import collect_seldom, give_memory_back, keep_memory
 from .clock import entropy
 from .disk import Disk
 from .export import ReplicatedVolume
@@ -107,6 +107,7 @@ class Runtime:
         on_fatal: Callable[[BaseException], None] = die, handler_limit_s: float = TIME_LIMIT_S,
     ) -> None:  # fmt: skip
         keep_memory()
+        collect_seldom()
         loop = asyncio.get_running_loop()
         draws = entropy(seed)
         self._loop = loop

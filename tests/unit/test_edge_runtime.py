@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -178,6 +179,21 @@ def test_a_batch_is_on_disk_and_answered_as_one_in_one_wake_up(tmp_path: Path) -
         assert bench.client.batches == [batch]  # all of it before submit returned
         assert os.pread(bench.fd, 4096, 0) == b"".join(bytes([i]) * 512 for i in range(8))
 
+    run(tmp_path, test)
+
+
+def test_no_look_for_garbage_comes_with_every_batch(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        looks: list[str] = []
+        note = lambda phase, info: looks.append(phase)  # noqa: E731
+        gc.callbacks.append(note)
+        try:
+            batches = [[bench.client.write(i * 512) for i in range(16)] for _ in range(400)]  # all of them stay
+        finally:
+            gc.callbacks.remove(note)
+        assert len(batches) == 400 and len(looks) <= 2  # Python's default is a look for every 700 of them
+
+    gc.collect()
     run(tmp_path, test)
 
 
