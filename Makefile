@@ -8,7 +8,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml setup.py repl/_batches.pyx repl/_slots.pxi repl/edge/_calls.pyx nbd/_batches.pyx
+BUILD_INPUTS := pyproject.toml setup.py repl/_batches.pyx repl/_slots.pxi repl/edge/_calls.pyx nbd/_batches.pyx \
+    nbd/_waiting.pyx
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 LAB_WORKERS := 4  # guests mostly wait, so more of them than there are cores
 
@@ -57,7 +58,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed-test
 
 clean:  ## Remove the virtual environment and what programs left behind.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f repl/_batches.*.so repl/edge/_calls.*.so nbd/_batches.*.so
+	rm -f repl/_batches.*.so repl/edge/_calls.*.so nbd/_batches.*.so nbd/_waiting.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 programs:

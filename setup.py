@@ -15,7 +15,7 @@ else:
     twins = cythonize(
         [
             Extension(f"tandem.{name.replace('/', '.')}", [f"{name}.pyx"], depends=["repl/_slots.pxi"])
-            for name in ("repl/_batches", "repl/edge/_calls", "nbd/_batches")
+            for name in ("repl/_batches", "repl/edge/_calls", "nbd/_batches", "nbd/_waiting")
         ],
         build_dir="build",
     )

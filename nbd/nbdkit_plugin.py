@@ -42,7 +42,6 @@ except ImportError:
 try:
     from tandem.nbd.blocking import BlockingVolume
     from tandem.nbd.codec import BLOCK_MIN, BLOCK_PREFERRED, PAYLOAD_MAX
-    from tandem.repl.edge.runtime import die
     from tandem.repl.requests import FUA, MAY_UNMAP, Op
     from tandem.tools.daemon import Options, StartError
     from tandem.tools.embedded import EmbeddedNode
@@ -139,8 +138,12 @@ def after_fork() -> None:
         node.start()
     except StartError as error:
         _give_up(str(error))
-    for number in node.names.values():
-        volumes[number] = BlockingVolume(node.loop, node.volume(number), die)
+
+    async def offered() -> None:
+        for number in node.names.values():
+            volumes[number] = BlockingVolume(node.loop, node.volume(number))
+
+    node.ask(offered())
 
 
 def _ended() -> None:
@@ -283,7 +286,7 @@ def _fua(flags: int) -> int:
 def pread(handle: Open, buf: bytearray, offset: int, flags: int) -> None:
     """Fill *buf* from *offset*."""
     try:
-        handle.blocking.read(offset, memoryview(buf).cast("B"))
+        handle.blocking.read(offset, buf)
     except OSError as error:
         _failed(error)
 

@@ -23,7 +23,7 @@ WORLD = {
     "asyncio", "uvloop", "socket", "os", "time", "random", "threading", "selectors", "subprocess", "signal",
     "secrets", "select", "pathlib", "tempfile", "concurrent",
 }  # fmt: skip
-NBD_EDGE = {"server", "listener", "blocking", "nbdkit_plugin"}  # the half of nbd/ that touches the world
+NBD_EDGE = {"server", "listener", "blocking", "waiting", "nbdkit_plugin"}  # the half of nbd/ that touches the world
 PROGRAMS = {"tandem.nbd.nbdkit_plugin"}  # run as __main__: outside the rooms, and nothing in it can be relative
 MAY_IMPORT = {"repl": {"repl"}, "nbd": {"repl", "nbd"}, "tools": {"repl", "nbd", "tools"}}
 
