@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from tandem.tools.client import wait_ended
+from tandem.tools.demo_nbd import Nbd, Request
 from tandem.tools.demo_pair import Pair, alone, first_difference, usable_size
 
 from tests.conftest import FindProgram, NewPair
+from tests.ledger import DEPTH, ConnectionLost, Ledger
 
 MIB = 1 << 20
 PATIENCE_S = 60.0
@@ -159,7 +163,6 @@ def test_many_threads_and_connections(start: Start, program: FindProgram) -> Non
     ("filters", "parameters"),
     [
         (("rate", "delay"), ("rate=400M", "delay-write=1ms")),
-        (("log", "stats"), ("logfile=/dev/null", "statsfile=/dev/null")),
         (("error",), ("error-pread-rate=0%",)),
         (("blocksize",), ("minblock=4096",)),
     ],
@@ -169,6 +172,17 @@ def test_under_filters(start: Start, filters: tuple[str, ...], parameters: tuple
     run("qemu-io", "-f", "raw", "-c", "write -P 5 64k 3M", "-c", "flush", "-c", "read -P 5 64k 3M",
         "-c", "discard 1M 64k", "-c", "write -z 2M 64k", nbdkit.uri())  # fmt: skip
     same_disks(nbdkit.pair)
+
+
+def test_the_log_and_the_statistics_of_filters(start: Start, directory: Path) -> None:
+    log, stats = directory / "log", directory / "stats"
+    nbdkit = start("--filter=log", "--filter=stats", more=(f"logfile={log}", f"statsfile={stats}"))
+    run("qemu-io", "-f", "raw", "-c", "write -f -P 5 64k 1M", "-c", "flush", "-c", "read -P 5 64k 1M", nbdkit.uri())
+    same_disks(nbdkit.pair)
+    nbdkit.close()
+    said = log.read_text()
+    assert "Write id=" in said and "offset=0x10000" in said and "Read id=" in said and "Flush id=" in said, said
+    assert "write: 1 ops" in stats.read_text() and "1.00 MiB" in stats.read_text(), stats.read_text()
 
 
 def test_behind_a_copy_on_write_the_mirror_stays_as_it_was(start: Start) -> None:
@@ -211,6 +225,123 @@ def test_tls(start: Start, program: FindProgram, directory: Path) -> None:
     content.write_bytes(os.urandom(MIB))
     run("nbdcopy", str(content), uri)
     assert nbdkit.pair.second.disk.read_bytes().startswith(content.read_bytes())
+
+
+def test_tls_with_certificates(start: Start, program: FindProgram, directory: Path) -> None:
+    keys = directory / "pki"
+    keys.mkdir()
+    make = (program("certtool"), "--ecc", "--outfile")
+    (keys / "ca.info").write_text("cn = Test\nca\ncert_signing_key\n")
+    (keys / "server.info").write_text("cn = localhost\ndns_name = localhost\ntls_www_server\nsigning_key\n")
+    for name in ("ca", "server"):
+        run(*make, str(keys / f"{name}-key.pem"), "--generate-privkey")
+    signed_by = ("--load-ca-certificate", str(keys / "ca-cert.pem"), "--load-ca-privkey", str(keys / "ca-key.pem"))
+    for name, how in (("ca", ("--generate-self-signed",)), ("server", ("--generate-certificate", *signed_by))):
+        run(*make, str(keys / f"{name}-cert.pem"), *how, "--load-privkey", str(keys / f"{name}-key.pem"),
+            "--template", str(keys / f"{name}.info"))  # fmt: skip
+    nbdkit = start("--tls=require", f"--tls-certificates={keys}")
+    uri = nbdkit.uri(scheme="nbds").replace("nbds+unix:///", "nbds+unix://localhost/") + f"&tls-certificates={keys}"
+    content = directory / "content"
+    content.write_bytes(os.urandom(MIB))
+    run("nbdcopy", str(content), uri)
+    assert nbdkit.pair.second.disk.read_bytes().startswith(content.read_bytes())
+    plain = subprocess.run(["nbdinfo", nbdkit.uri()], capture_output=True, text=True)
+    assert plain.returncode != 0, "served without TLS"
+
+
+# --------------------------------------------------------------------------- who goes away under load
+
+
+class Load:
+    """Overlapping writes of one client after the other, and what the disk may hold after them."""
+
+    def __init__(self, nbdkit: Nbdkit) -> None:
+        size = usable_size(nbdkit.pair.status(nbdkit.pair.first))
+        self.ledger = Ledger(size, random.Random(7))
+
+    def write(self, socket: Path, n_requests: int, event: Callable[[], object]) -> bool:
+        """Write; *event* happens after a third of it. False when the server went away in between."""
+        left = [event]
+
+        def answered(request: Request) -> None:
+            if request.error == errno.ESHUTDOWN and not left:
+                return  # what nbdkit answers when it was told to end: it may have been done or not
+            self.ledger.answered(request)
+            if self.ledger.n_acknowledged >= n_requests // 3 and left:
+                left.pop()()
+
+        try:
+            with Nbd(socket, "r0") as nbd:
+                nbd.run(self.ledger.requests(n_requests), DEPTH, answered)
+        except ConnectionLost:
+            return False
+        finally:
+            self.ledger.session_over()
+            assert not left, "it has not happened"
+        return True
+
+    def check(self, socket: Path) -> None:
+        with Nbd(socket, "r0") as nbd:
+            assert self.ledger.check(nbd) > 0
+
+
+def test_told_to_end_under_load(start: Start) -> None:
+    nbdkit = start()
+    pair, load = nbdkit.pair, Load(nbdkit)
+    load.write(nbdkit.socket, 3000, nbdkit.process.terminate)
+    assert nbdkit.ended() == 0
+    assert "Traceback" not in nbdkit.log.read_text()
+    pair.wait(pair.second, "alone", alone)
+    pair.adm(pair.second, "primary", "r0")  # in order: without force
+    load.check(pair.second.socket)
+    pair.adm(pair.second, "secondary", "r0")
+    same_disks(start().pair)
+
+
+def test_a_client_that_vanishes_leaves_the_volume(start: Start) -> None:
+    nbdkit = start()
+    pair = nbdkit.pair
+    script = f"import nbd\nh = nbd.NBD()\nh.connect_uri({nbdkit.uri()!r})\nfor i in range(64):\n" \
+        "    h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(1 << 18)), i << 18)\n" \
+        "print(flush=True)\nwhile True:\n    h.poll(-1)\n"  # fmt: skip
+    with subprocess.Popen(["/usr/bin/python3", "-c", script], stdout=subprocess.PIPE, cwd="/") as client:
+        assert client.stdout is not None
+        client.stdout.readline()
+        client.kill()
+    pair.wait(pair.first, "closed", lambda s: not s.volumes[0].open)
+    run("qemu-io", "-f", "raw", "-c", "write -P 6 1M 1M", "-c", "read -P 6 1M 1M", nbdkit.uri())
+    same_disks(pair)
+
+
+def test_a_peer_that_dies_under_load_comes_back(start: Start) -> None:
+    nbdkit = start()
+    pair, load = nbdkit.pair, Load(nbdkit)
+    assert load.write(nbdkit.socket, 1500, lambda: pair.kill(pair.second)), "the Primary went away with its peer"
+    load.check(nbdkit.socket)
+    pair.adm(pair.second, "up", "r0")
+    assert load.write(nbdkit.socket, 300, lambda: None)
+    same_disks(pair)
+    load.check(nbdkit.socket)
+
+
+def test_down_under_load_is_refused_and_harms_nobody(start: Start) -> None:
+    nbdkit = start()
+    pair, load = nbdkit.pair, Load(nbdkit)
+    refused = []
+    assert load.write(nbdkit.socket, 1500, lambda: refused.append(pair.run(pair.first, "down", "r0")))
+    assert refused[0].returncode == 11 and "Device is held open by someone" in refused[0].stderr
+    load.check(nbdkit.socket)
+    same_disks(pair)
+
+
+def test_memory_stays_bounded(start: Start, program: FindProgram) -> None:
+    """The bound of a daemon (test_memory.py). Payloads that only the garbage collector frees would be twice as much."""
+    nbdkit = start()
+    for mode in ("write", "read", "randrw"):
+        run(program("fio"), "--name=load", "--ioengine=nbd", f"--uri={nbdkit.uri()}", f"--rw={mode}", "--bs=1m",
+            "--iodepth=16", "--size=60m", "--time_based", "--runtime=2", "--minimal")  # fmt: skip
+    (line,) = [x for x in Path(f"/proc/{nbdkit.process.pid}/status").read_text().splitlines() if "VmHWM" in x]
+    assert int(line.split()[1]) * 1024 < 188 * MIB, line
 
 
 # ---------------------------------------------------------------------------------- a node all the same
