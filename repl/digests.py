@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import struct
 import zlib
 from collections.abc import Callable
 from typing import Final
@@ -52,18 +53,36 @@ def crc32c_raw(data: Data) -> int:
     return _crc32c(data, _U32_MASK) ^ _U32_MASK
 
 
+def _crc32c_each(data: memoryview, step: int) -> bytes:
+    """What `Digest.of_each` is, in a third of the time that a call of ours for each piece would take."""
+    value = google_crc32c.value
+    sums = [value(bytes(data[at : at + step])) for at in range(0, len(data), step)]
+    return struct.pack(f"<{len(sums)}I", *sums)
+
+
 class Digest:
     """One digest algorithm: called with a block's data it gives ``size`` bytes, as they go on the wire."""
 
-    __slots__ = ("_function", "name", "size")
+    __slots__ = ("_each", "_function", "name", "size")
 
-    def __init__(self, name: str, size: int, function: Callable[[Data], bytes]) -> None:
+    def __init__(
+        self, name: str, size: int, function: Callable[[Data], bytes],
+        each: Callable[[memoryview, int], bytes] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.size = size
         self._function = function
+        self._each = each
 
     def __call__(self, data: Data) -> bytes:
         return self._function(data)
+
+    def of_each(self, data: Data, step: int) -> bytes:
+        """The digests of every *step* bytes of *data*, the last of which may be fewer, one behind the other."""
+        view = memoryview(data)
+        if self._each is not None:
+            return self._each(view, step)
+        return b"".join([self._function(view[at : at + step]) for at in range(0, len(view), step)])
 
     def __repr__(self) -> str:
         return f"<Digest {self.name}>"
@@ -83,7 +102,10 @@ def _hash_digest(name: str) -> Digest:
 _HASHES: Final = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512")
 
 DIGESTS: Final[dict[str, Digest]] = {
-    "crc32c": Digest("crc32c", 4, lambda data: crc32c(data).to_bytes(4, "little")),
+    "crc32c": Digest(
+        "crc32c", 4, lambda data: crc32c(data).to_bytes(4, "little"),
+        _crc32c_each if google_crc32c.implementation == "c" else None,
+    ),
     "crc32": Digest("crc32", 4, lambda data: (zlib.crc32(data, _U32_MASK) ^ _U32_MASK).to_bytes(4, "little")),
     **{name: _hash_digest(name) for name in _HASHES},
 }

@@ -22,6 +22,7 @@ from .requests import Request
 from .states import ConnState, DiskState
 from .transfer_log import PeerFlush
 from .units import DISCARD_MAX, IO_MAX
+from .verify import Stretch
 from .volume import Volume
 from .wire import (
     ACK,
@@ -62,7 +63,10 @@ CHALLENGE_LEN: Final = 64
 OUR_MARK: Final = b"Tandem\0\1"
 MARK_AT: Final = HEADER80 + 16
 MAX_RATE: Final = 4194304  # KiB/s; what "unlimited" is on the wire
-_DATA: Final = int(Packet.DATA)  # to look up a member of an enum costs as much as a call
+# Plain integers: to look up a member of an enum costs as much as a call.
+_DATA: Final = int(Packet.DATA)
+_VERIFY: Final = (int(Packet.OV_REQUEST), int(Packet.OV_REPLY))
+_OV_RESULT: Final = int(Packet.OV_RESULT)
 
 # Parameter packets of a volume this node does not have are read and ignored.
 PARAMETERS: Final = frozenset((Packet.SYNC_PARAM89, Packet.SIZES, Packet.UUIDS, Packet.STATE))
@@ -280,6 +284,11 @@ class Link:
                 if end != at:
                     at = end
                     continue
+            elif cmd in _VERIFY and vol is not None:
+                end = self.e.verify.receive_run(vol, cmd, view, at)
+                if end != at:
+                    at = end
+                    continue
             check_data(cmd, length)
             if n - at - HEADER < length:
                 break
@@ -452,9 +461,9 @@ class Link:
         self.e.resync.source.serve(vol, sector, block_id, size, bytes(payload[24:]), False)
 
     def _verify_request(self, vol: Volume, payload: memoryview) -> None:
-        sector, block_id, size = unpack_block_req(payload)
+        sector, _, size = unpack_block_req(payload)
         self._check_request(vol, sector, size)
-        self.e.verify.requested(vol, sector, block_id, size)
+        self.e.verify.requested(vol, Stretch(sector << 9, size, size))
 
     def _out_of_sync(self, vol: Volume, payload: memoryview) -> None:
         sector, size = unpack_block_desc(payload)
@@ -464,7 +473,7 @@ class Link:
     # ------------------------------------------------------------------------------ meta socket
 
     def receive_meta(self, view: memoryview) -> int:
-        """Consume whole packets; runs of P_WRITE_ACK in a tight loop."""
+        """Consume whole packets; runs of P_WRITE_ACK in a tight loop, and runs of P_OV_RESULT as one."""
         if self.stage is not Stage.OPEN:
             if self.stage is not Stage.DOWN:
                 self.meta_backlog += bytes(view)
@@ -478,6 +487,11 @@ class Link:
                 if n - at < HEADER:
                     break
                 number, cmd, length = parse_header(view, at)
+                if cmd == _OV_RESULT and (vol := self.e.volumes.get(number)) is not None:
+                    end = self.e.verify.receive_results(vol, view, at)
+                    if end != at:
+                        at = end
+                        continue
                 check_meta(cmd, length)
                 if n - at - HEADER < length:
                     break

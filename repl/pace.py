@@ -1,4 +1,4 @@
-"""How much of the time a resync may take while applications are at work on its node.
+"""How much of the time a resync or a verify may take while applications are at work on its node.
 
 A resync that asks for blocks as fast as they come takes what there is: each block is a long read, send and write
 that everything else waits behind. So while applications read or write here the resync goes on in slices, and after
@@ -6,8 +6,8 @@ each of them rests for a few times as long as the slice took. On a machine, disk
 leaves the applications most of it, and nobody has to know the speed. `c-min-rate` is what the resync gets in any
 case (0: it never rests).
 
-Each side of a resync does this for the applications of its own node: the source before it serves a request, the
-target before it asks. Source of the option's meaning: drbd_receiver.c, drbd_rs_c_min_rate_throttle.
+Each side does this for the applications of its own node: whoever asks (a resync's target, VerifyS) before it does,
+whoever is asked before it serves. Source of the option's meaning: drbd_receiver.c, drbd_rs_c_min_rate_throttle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_LIMIT: Final = 1 << 62
 
 
 class Pace:
-    """The slices of one resync on one node. *now* is the machine's time in seconds throughout."""
+    """The slices of one resync or verify on one node. *now* is the machine's time in seconds throughout."""
 
     __slots__ = ("_began", "_out", "_slice", "next_at", "resting")
 
@@ -33,7 +33,7 @@ class Pace:
         self.resting = False  # `room` was asked for during the rest: somebody wants to know when it ends
 
     def room(self, now: float, busy: bool, c_min_rate: int) -> int:
-        """How many bytes may be begun now, by a resync with *c_min_rate* (KiB/s) on a node that is *busy*."""
+        """How many bytes may be begun now, by one with *c_min_rate* (KiB/s) on a node that is *busy*."""
         self.resting = False
         if not busy or not c_min_rate:
             return NO_LIMIT

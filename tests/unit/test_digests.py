@@ -44,6 +44,15 @@ def test_sizes() -> None:
         assert len(algorithm(b"x" * 512)) == algorithm.size
 
 
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_the_digests_of_each_piece_are_those_of_the_pieces(name: str, kind: type[bytes]) -> None:
+    algorithm, data = digests.DIGESTS[name], bytes(range(256)) * 5
+    pieces = [data[at : at + 500] for at in range(0, len(data), 500)]
+    assert len(pieces[-1]) < 500
+    assert algorithm.of_each(kind(data), 500) == b"".join(map(algorithm, pieces))
+
+
 @pytest.mark.parametrize("name", ["", "xxhash64", "SHA1", "hmac(sha1)", "sha3-256", "__class__"])
 def test_unknown_names(name: str) -> None:
     assert digests.digest(name) is None
