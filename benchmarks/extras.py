@@ -10,9 +10,11 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +29,12 @@ LARGEST: Final = 15 * TIB  # ext4 has no larger files than 16 TiB less a block
 WATCH_S: Final = 10.0  # a sync that takes minutes is watched for so long
 FILL: Final = Workload("fill", "fill", "write", MIB, 8)
 LOAD: Final = Workload("load", "load", "randwrite", 4 * KIB, 32)
+LONE_LOAD: Final = Workload("lone", "lone", "randwrite", 4 * KIB, 1)
+REPEATS: Final = 5  # of what takes about a second, and varies
+BESIDE_S: Final = 3.0  # how long fio writes, before and while something goes on beside it
+SETTLE_S: Final = 0.4
+SHARE_S: Final = 0.5
+BESIDE: Final = ("SyncSource", "VerifyS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +88,68 @@ def _status(pid: int, field: str) -> int:
     raise BenchError(f"the kernel does not tell {field} of process {pid}")
 
 
-def writes_during_resync(system: Tandem, size: int) -> list[Figure]:
-    """The rate of 4 KiB writes while a resync runs, to their rate when none does."""
-    alone = run_fio(LOAD, system, size, 1.0, 1)["write"]["iops"]
-    during: list[float] = []
-    system.resync(
-        lambda: run_fio(FILL, system, size, 0.5 + size / (300 * MIB), 1),
-        lambda: during.append(run_fio(LOAD, system, size, 0.5, 2)["write"]["iops"]),
-    )
-    return [Figure("4 KiB writes during a resync, to without", during[0] / alone, "", 0.5)]
+def writes_beside(system: Tandem, size: int) -> list[Figure]:
+    """The rate of 4 KiB writes while a resync or a verify goes on, to their rate when none does."""
+    found = []
+    for verb, command, node, load in (
+        ("a resync", "invalidate", "bob", LOAD), ("a resync", "invalidate", "bob", LONE_LOAD),
+        ("a verify", "verify", "alice", LOAD),
+    ):  # fmt: skip
+        ratios = [_beside(system, size, load, node, command, seed) for seed in range(1, REPEATS + 1)]
+        title = f"4 KiB writes, QD {load.depth}, during {verb}, to without ({min(ratios):.2f} – {max(ratios):.2f})"
+        bar = 0.5 if command == "invalidate" and load is LOAD else None
+        found.append(Figure(title, statistics.median(ratios), "", bar))
+    return found
+
+
+def _beside(system: Tandem, size: int, load: Workload, node: str, command: str, seed: int) -> float:
+    """One ratio, both halves of it from one run of fio and counted by alice.
+
+    fio takes a while to start, and what is to go on beside it would be over by then if nobody was at work. The command
+    takes a processor meanwhile, and what a resync makes durable first lets the kernel write back all that fio wrote.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run_fio, load, system, size, BESIDE_S, seed)
+        _, before, _ = _counted(system)
+        while _counted(system)[1] == before and not job.done():
+            time.sleep(0.01)
+        time.sleep(SETTLE_S)
+        without, _ = _write_rate(system)
+        system.adm(node, command, "r0")
+        while _counted(system)[2] not in BESIDE and not job.done():
+            time.sleep(0.01)
+        time.sleep(SETTLE_S)
+        during, state = _write_rate(system)
+        if state not in BESIDE or job.done():
+            raise BenchError(f"{command} beside writes was over before it was measured")
+        job.result()
+    for _, status in system.statuses("alice"):
+        if status["connection"]["volumes"][0]["replication"] == "Established":
+            return during / without
+    raise BenchError(f"the daemon of alice ended during {command}")
+
+
+def _write_rate(system: Tandem) -> tuple[float, str]:
+    """Bytes per second that alice writes, over `SHARE_S`; and the replication state at the end."""
+    began, before, _ = _counted(system)
+    time.sleep(SHARE_S)
+    ended, after, state = _counted(system)
+    return (after - before) / (ended - began), state
+
+
+def _counted(system: Tandem) -> tuple[float, int, str]:
+    """Now, the bytes alice has written to her disk by now, and the replication state."""
+    at, status = next(system.statuses("alice"))
+    return at, status["volumes"][0]["written"], status["connection"]["volumes"][0]["replication"]
 
 
 def verify(system: Tandem, size: int) -> list[Figure]:
     """Bytes per second of an online verify of the whole export."""
+    rates = [size / _verify_s(system) / 1e6 for _ in range(REPEATS)]
+    return [Figure(f"online verify ({min(rates):,.0f} – {max(rates):,.0f})", statistics.median(rates), "MB/s")]
+
+
+def _verify_s(system: Tandem) -> float:
     watch = system.statuses("alice")
     next(watch)
     system.adm("alice", "verify", "r0")
@@ -102,7 +159,7 @@ def verify(system: Tandem, size: int) -> list[Figure]:
         if state == "VerifyS" and not began:
             began = at
         elif began and state == "Established":
-            return [Figure("online verify", size / (at - began) / 1e6, "MB/s")]
+            return at - began
     raise BenchError("the daemon of alice ended during the verify")
 
 
@@ -245,5 +302,5 @@ def many(directory: Path) -> list[Figure]:
     return found
 
 
-ON_A_PAIR: Final[tuple[Callable[[Tandem, int], list[Figure]], ...]] = (writes_during_resync, verify)
+ON_A_PAIR: Final[tuple[Callable[[Tandem, int], list[Figure]], ...]] = (writes_beside, verify)
 ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, many)
