@@ -235,6 +235,28 @@ def scattered(directory: Path) -> list[Figure]:
     ]
 
 
+def cost_by_size(directory: Path) -> list[Figure]:
+    """CPU time of both nodes for a 4 KiB write on the largest device, to that on one of 1 GiB, the two in turn.
+
+    All writes go to the first 256 MiB, so that only the size of the device differs.
+    """
+    costs: dict[int, list[float]] = {}
+    ticks = os.sysconf("SC_CLK_TCK")
+    with sparse_pair(directory, "small", GIB) as small, sparse_pair(directory, "large", LARGEST) as large:
+        for system in (small, large):
+            connect(system)
+            run_fio(FILL, system, 256 * MIB, 1.0, 1)
+        for seed in range(1, REPEATS + 1):
+            for system in (small, large) if seed % 2 else (large, small):
+                before = cpu_seconds(system.pids, ticks)
+                job = run_fio(LOAD, system, 256 * MIB, 1.0, seed)
+                spent = cpu_seconds(system.pids, ticks) - before
+                costs.setdefault(system.size, []).append(spent / job["write"]["total_ios"])
+    ratios = [more / less for more, less in zip(costs[LARGEST], costs[GIB], strict=True)]
+    title = f"CPU per 4 KiB write on 15 TiB, to 1 GiB ({min(ratios):.2f} – {max(ratios):.2f})"
+    return [Figure(title, statistics.median(ratios), "", 1.1, more_is_better=False)]
+
+
 class ManyTandems(Tandem):
     """Several resources on the same two nodes, each with a directory of its own."""
 
@@ -303,4 +325,4 @@ def many(directory: Path) -> list[Figure]:
 
 
 ON_A_PAIR: Final[tuple[Callable[[Tandem, int], list[Figure]], ...]] = (writes_beside, verify)
-ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, many)
+ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, cost_by_size, many)
