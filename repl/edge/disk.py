@@ -20,6 +20,7 @@ from tandem.repl.requests import FUA, IF_HOLE, MAY_UNMAP, META, PREFLUSH, Buffer
 from .blockio import CANNOT, IOV_MAX, Device, room
 from .calls import READ, SLOW_S, WRITE
 from .compiled import calls
+from .vigil import LOOK_MAX_S
 from .workers import Completions, Workers
 
 RUN_BYTES_MAX: Final = 1 << 20  # adjacent operations merge up to the size of the largest single one
@@ -31,6 +32,7 @@ STALL_S: Final = 0.02  # a wait that clients feel; shorter ones (a journal commi
 N_DATA_THREADS: Final = 8  # the queue depth a slow device sees
 N_SYNC_THREADS: Final = 4  # durable writes and metadata, kept apart so that slow data cannot hold them up
 N_FLUSH_THREADS: Final = 4  # one flush of each volume is under way at most
+FLUSH_MAX_S: Final = 0.001  # what a single flush counts for at most in their average
 
 DURABLE: Final = FUA | PREFLUSH
 FLUSH: Final = int(Op.FLUSH)
@@ -72,6 +74,8 @@ class Disk:
         self._volumes: dict[int, OpenVolume] = {}
         self.backlog = 0  # bytes of operations in workers
         self.n_out = 0  # operations in workers
+        self._n_flushes = 0  # of them, flushes
+        self._flush_s = LOOK_MAX_S  # how long they take, a moving average
 
     # ------------------------------------------------------------------------------ open volumes
 
@@ -232,7 +236,8 @@ class Disk:
         self._count(volume, ops)
         device = volume.meta if op.area == META else volume.data
         if op.op == FLUSH:
-            self._flusher.start(device.fd, (volume, op))
+            self._n_flushes += 1
+            self._flusher.start(device.fd, (volume, op, time.monotonic()))
             return
 
         def job() -> Ended:
@@ -247,11 +252,22 @@ class Disk:
         self.n_out += len(ops)
         self.backlog += sum(op.length for op in ops if op.op <= WRITE)
 
-    def _flushed(self, results: list[tuple[tuple[OpenVolume, DiskOp], int]]) -> None:
+    @property
+    def slow(self) -> bool:
+        """Does what is out take longer than it is worth staying awake for?
+
+        A worker does, which needs the interpreter to end. A flush does not need it, and devices differ.
+        """
+        return self.n_out > (self._n_flushes if self._flush_s < LOOK_MAX_S else 0)
+
+    def _flushed(self, results: list[tuple[tuple[OpenVolume, DiskOp, float], int]]) -> None:
         """Some flushes have ended; on the loop's thread."""
-        for (_, op), error in results:
+        self._n_flushes -= len(results)
+        now = time.monotonic()
+        for (_, op, began), error in results:
             op.error = error
-        self._collected([(volume, [op]) for (volume, op), _ in results])
+            self._flush_s += (min(now - began, FLUSH_MAX_S) - self._flush_s) / 8
+        self._collected([(volume, [op]) for (volume, op, _), _ in results])
 
     def _collected(self, results: list[Ended]) -> None:
         """Workers are done with some operations; on the loop's thread."""

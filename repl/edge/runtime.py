@@ -286,7 +286,7 @@ class Runtime:
             self._watch_disk()
         if not self._looking:
             self._look_soon()
-        if disk.n_out:  # a worker needs the interpreter to end, and takes longer than it is worth waiting
+        if disk.slow:
             self._vigil.sleep()
         else:
             self._vigil.watch(n_ops)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import uvloop
@@ -163,6 +164,31 @@ def test_a_merged_read_deals_out_the_right_bytes(path: Path) -> None:
         reads = [read(4096 + i * 4096, 4096) for i in range(5)]
         await bench.all_of(reads)
         assert b"".join(bytes(op.payload or b"") for op in reads) == data
+
+    on_loop(test, path)
+
+
+def test_flushes_are_worth_staying_awake_for_while_they_are_quick(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(disk_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def test(bench: Bench) -> None:
+        async def is_slow(*others: DiskOp, took_s: float = 0.0) -> bool:
+            ops = [DiskOp(Op.FLUSH, 0, 0, 0), *others]
+            ended = bench.all_of(ops)
+            task = asyncio.ensure_future(ended)
+            await asyncio.sleep(0)
+            slow = bench.disk.slow
+            now[0] += took_s
+            await task
+            assert not bench.disk.slow, "nothing is out"
+            return slow
+
+        assert await is_slow(), "nothing is known of this device"
+        assert not await is_slow()
+        assert await is_slow(write(0, b"f" * 4096, FUA)), "a worker is"
+        assert not await is_slow(took_s=1.0)
+        assert await is_slow()
 
     on_loop(test, path)
 
