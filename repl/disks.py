@@ -129,6 +129,7 @@ class Disks:
         vol.la_size = sb.la_size_sect * SECTOR
         vol.data_size = disk.data_size
         vol.sparse = event.sparse
+        vol.stable_version, vol.flush_error = -1, 0  # a process before this one may have left something unflushed
         vol.usable = disk.layout.usable & ~(SECTOR - 1)
         vol.meta = MetaWriter(
             vol, lambda op: self.e.out.disk.append(op), lambda error: self.failed(vol, error, write=True, meta=True)

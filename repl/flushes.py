@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from .meta_writer import CallbackOp
-from .requests import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK, DiskOp, Op
+from .local_flush import LocalFlushes
+from .requests import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK
 from .states import DiskState
 from .transfer_log import PeerFlush
 from .volume import Volume
@@ -25,6 +25,7 @@ class Flushes:
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.log = engine.log
+        self.local = LocalFlushes(engine)
 
     def start(self, vol: Volume) -> None:
         """Start the next flush when none is running; every flush that waits shares it."""
@@ -34,25 +35,23 @@ class Flushes:
         vol.flush_legs = 0
         for r in vol.flush_batch:
             r.legs = 0
-        self.log.close_epoch()
+        if not self.e.link.peer_sends_flushes:
+            self.log.close_epoch()
         if vol.mirror:
             vol.flush_legs |= PEER
             self.log.send_flush(vol, answers=True)
         if vol.local:
             vol.flush_legs |= LOCAL
-            vol.n_local += 1
-            op = CallbackOp(Op.FLUSH, vol.number, 0, 0, None, 0, 0, lambda op: self._flushed_locally(vol, op))
-            self.e.out.disk.append(op)
+            self.local.asked(vol)
+            self.local.flush(vol, lambda error: self._flushed_locally(vol, error))
         if not vol.flush_legs:
             self._done(vol)
 
-    def _flushed_locally(self, vol: Volume, op: DiskOp) -> None:
-        vol.n_local -= 1
-        if op.error:
-            self.e.disks.failed(vol, op.error, write=True)
+    def _flushed_locally(self, vol: Volume, error: int) -> None:
+        if error:
             if vol.state.disk >= DiskState.CONSISTENT:  # pass_on kept it in the mirror: the flush failed
                 for r in vol.flush_batch:
-                    r.error = op.error
+                    r.error = error
         else:
             for r in vol.flush_batch:
                 r.legs |= LOCAL_OK

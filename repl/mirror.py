@@ -14,6 +14,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
+from .local_flush import HABIT
 from .requests import (
     AL_REF,
     BOTH_OK,
@@ -346,6 +347,8 @@ class Mirror:
             vol.bytes_read += n_read
             vol.bytes_written += n_written
             vol.data_version += n_writes
+            if vol.flush_habit == HABIT and n_writes:
+                self.e.flushes.local.written(vol)
             at = end
             if at < n and (r := ops[at]).error:
                 vol = self.e.volumes[r.volume]

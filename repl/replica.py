@@ -14,12 +14,13 @@ Source: drbd_receiver.c, receive_Data, e_end_block, drbd_may_finish_epoch.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
 from .intervals import Range
-from .meta_writer import CallbackOp
-from .requests import DATA, FUA, MAY_UNMAP, PREFLUSH, Buffer, DiskOp, Op, PeerEpoch, PeerWrite
+from .local_flush import HABIT
+from .requests import FUA, MAY_UNMAP, PREFLUSH, Buffer, Op, PeerEpoch, PeerWrite
 from .states import ConnState, DiskState
 from .units import extents_touched
 from .volume import Volume
@@ -154,6 +155,7 @@ class Replica:
             return
         if w.length == 0:
             self.flush_waiting.append(w)
+            self.e.flushes.local.asked(vol)
             self.draining = self.e.config.net.protocol != "C"
             self._flush()
             return
@@ -264,6 +266,8 @@ class Replica:
             vol.n_untracked -= end - at - n_in_sync
             vol.bytes_written += written
             vol.data_version += end - at
+            if vol.flush_habit == HABIT and end > at:
+                self.e.flushes.local.written(vol)
             if n_in_sync:
                 vol.are_in_sync(w for w in to_ack[n_before:] if w.tracked)
             if end == at:
@@ -373,18 +377,14 @@ class Replica:
         targets = [v for v in self.e.volumes.values() if v.local]
         self.flush_out = len(targets)
         for vol in targets:
-            vol.n_local += 1
-            op = CallbackOp(Op.FLUSH, vol.number, 0, 0, None, 0, DATA, lambda op, vol=vol: self._flushed(vol, op))  # type: ignore[misc]
-            self.e.out.disk.append(op)
+            self.e.flushes.local.flush(vol, partial(self._flushed, vol))
         if not targets:
             self._flush_done()
 
-    def _flushed(self, vol: Volume, op: DiskOp) -> None:
-        vol.n_local -= 1
+    def _flushed(self, vol: Volume, error: int) -> None:
         self.flush_out -= 1
-        if op.error:
+        if error:
             self.flush_failed.add(vol.number)
-            self.e.disks.failed(vol, op.error, write=True)
         if not self.flush_out:
             self._flush_done()
         self.e.replica_progressed()

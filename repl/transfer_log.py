@@ -95,9 +95,17 @@ class TransferLog:
             self.send_barrier(self.epochs[-1])
 
     def close_epoch_soon(self) -> None:
-        """End the open epoch, without a packet for that alone: the next write brings its P_BARRIER, or the clock."""
-        if self.epochs and self.epochs[-1].n_sent and not self.epochs[-1].closed:
+        """End the open epoch, without a packet for that alone: the next write brings its P_BARRIER, or the clock.
+
+        A peer of our own kind is sent every flush and needs no order besides, so its epochs end by the clock
+        alone: a barrier for each batch, or each flush, would cost as much as that.
+        """
+        if not self.epochs or not self.epochs[-1].n_sent or self.epochs[-1].closed:
+            return
+        if not self.e.link.peer_sends_flushes:
             self.epochs[-1].closed = True
+            self.barrier_at = self.e.now + BARRIER_DELAY_S
+        elif self.barrier_at is None:
             self.barrier_at = self.e.now + BARRIER_DELAY_S
 
     def when_empty(self, then: Callable[[None], None]) -> None:
@@ -362,21 +370,18 @@ class TransferLog:
         return None
 
     def answered(self, requests: list[Request]) -> None:
-        """These are being answered: the epoch they belong to ends, so that what follows comes after it.
-
-        A peer of our own kind is sent every flush and needs no order besides, so its epochs end by the clock:
-        a barrier for each batch would cost as much as the batch.
-        """
-        if self.epochs:
-            epoch = self.epochs[-1]
-            if self.e.link.peer_sends_flushes:
-                if self.barrier_at is None and epoch.n_sent:
-                    self.barrier_at = self.e.now + BARRIER_DELAY_S
-            elif not epoch.closed and epoch.n_sent:
-                for r in requests:
-                    if r.epoch is epoch:
-                        self.close_epoch_soon()
-                        break
+        """These are being answered: the epoch they belong to ends, so that what follows comes after it."""
+        if not self.epochs:
+            return
+        epoch = self.epochs[-1]
+        if self.e.link.peer_sends_flushes:
+            if self.barrier_at is None:
+                self.close_epoch_soon()
+        elif not epoch.closed and epoch.n_sent:
+            for r in requests:
+                if r.epoch is epoch:
+                    self.close_epoch_soon()
+                    break
 
     def disk_gone(self, vol: Volume) -> None:
         """The local disk was detached, and its activity log with it."""

@@ -23,6 +23,7 @@ from .units import SECTOR
 from .uuids import UuidSet, md_flags
 
 if TYPE_CHECKING:
+    from .local_flush import LocalFlush
     from .meta_writer import MetaWriter
     from .resync_source import SourceRun
     from .resync_target import TargetRun
@@ -89,6 +90,11 @@ class Volume:
         self.meta: MetaWriter | None = None
         self.n_local = 0  # operations out on the local disk
         self.data_version = 0  # counts completed data writes, so that a flush knows whether it is needed
+        self.flushing: LocalFlush | None = None  # the latest flush that is out on the local disk
+        self.stable_version = -1  # what a flush is known to have covered
+        self.flush_error = 0  # of a flush that nobody waited for
+        self.asked_version = 0  # when a flush was last asked for
+        self.flush_habit = 0  # flushes in a row that were asked for behind a single write
         # in flight
         self.intervals = Intervals()  # of our applications, and ranges resync holds against them
         self.peer_intervals = OrderedIntervals()  # writes on behalf of the peer, where order matters

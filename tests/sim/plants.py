@@ -20,6 +20,7 @@ from tandem.repl.conflicts import Conflicts
 from tandem.repl.engine import Engine
 from tandem.repl.fencing import FencingRoom
 from tandem.repl.intervals import Intervals, Lock
+from tandem.repl.local_flush import LocalFlush, LocalFlushes
 from tandem.repl.meta_writer import MetaWriter
 from tandem.repl.mirror import Mirror
 from tandem.repl.replica import Replica
@@ -67,6 +68,16 @@ def _peer_not_flushed(mp: Patch) -> None:
         original(self, vol, cmd, sector, block_id, dp, length, *rest)
 
     mp.setattr(Replica, "write", write)
+
+
+def _flush_covers_too_much(mp: Patch) -> None:
+    original = LocalFlushes._done
+
+    def done(self: Any, vol: Volume, flush: LocalFlush, op: DiskOp) -> None:
+        flush.version = vol.data_version
+        original(self, vol, flush, op)
+
+    mp.setattr(LocalFlushes, "_done", done)
 
 
 def _flush_only_here(mp: Patch) -> None:
@@ -509,6 +520,7 @@ PLANTS = (
     Plant("log not flushed", "metadata is written without preflush and FUA", _log_not_flushed),
     Plant("missing flush on the peer", "the peer answers a flush without flushing", _peer_not_flushed),
     Plant("flush only here", "a flush is answered when the local disk is flushed", _flush_only_here),
+    Plant("flush covers too much", "a flush counts for what was written while it was out", _flush_covers_too_much),
     Plant("ack too early", "the secondary acks a write before it is on disk", _ack_before_disk),
     Plant("answer without the peer", "the primary answers before the peer's ack", _answer_without_peer),
     Plant(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from tandem.repl import local_flush, mirror, replica
+
+from tests.sim.chooser import SeededChooser
+from tests.sim.mix import draw
 from tests.sim.run import run_seed
 from tests.sim.scenarios import SCENARIOS, Scenario, explore_scenario
 
@@ -25,6 +30,14 @@ def test_random_runs(part: int) -> None:
     n = N_RANDOM // SLICES
     for seed in range(FIRST_SEED + part * n, FIRST_SEED + (part + 1) * n):
         run_seed(seed)
+
+
+def test_flushes_that_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write and one flush at a time, which random runs seldom do often enough to make it a habit."""
+    for room in (local_flush, mirror, replica):
+        monkeypatch.setattr(room, "HABIT", 1)
+    for seed in range(FIRST_SEED, FIRST_SEED + 60):
+        run_seed(seed, replace(draw(SeededChooser(seed)), queue_depth=1, flushes=12))
 
 
 @pytest.mark.parametrize("seed", FAILED_ONCE)

@@ -56,6 +56,16 @@ def test_a_checked_flush_is_a_barrier_and_a_read(refused: bool) -> None:
     assert flush in lone.done and flush.error == 0
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_towards_a_kernel_a_flush_closes_the_epoch_before_it(ours: bool) -> None:
+    lone = Lone().ready(ours=ours)
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(lone.ack(r))
+    lone.submit(Op.FLUSH)
+    assert lone.sent(P.DATA, P.BARRIER) == ([P.DATA, P.DATA] if ours else [P.DATA, P.BARRIER, P.DATA])
+
+
 def test_our_own_kind_gets_the_empty_packet_all_the_same() -> None:
     lone = checked(ours=True)
     lone.submit(Op.FLUSH)

@@ -1,4 +1,4 @@
-"""Our applications' writes and reads: the short path is the long path, epochs, the transfer log, flushes."""
+"""Our applications' writes and reads: the short path is the long path, epochs, the transfer log."""
 
 from __future__ import annotations
 
@@ -381,85 +381,6 @@ def test_an_administrators_suspension_replays_too() -> None:
     assert lone.done == []
     lone.run("resume-io")
     assert lone.done == [r] and r.error == 0
-
-
-# ------------------------------------------------------------------------------------------------ flush
-
-
-def flush_ack(lone: Lone, which: int = -1) -> bytes:
-    _, block_id, _, flags = unpack_data([p for p in lone.payloads(P.DATA) if len(p) == 24][which])
-    assert flags & DP_FLUSH
-    return pack_ack(P.WRITE_ACK, 0, 0, block_id, 0, 1)
-
-
-def test_a_flush_needs_both_sides() -> None:
-    lone = Lone().ready()
-    r = lone.submit(Op.FLUSH)
-    lone.settle()
-    assert lone.done == []
-    lone.meta(flush_ack(lone))
-    assert lone.done == [r]
-
-
-def test_flushes_that_arrive_meanwhile_share_the_next_one() -> None:
-    lone = Lone().ready()
-    first = lone.submit(Op.FLUSH)
-    rest = [lone.submit(Op.FLUSH) for _ in range(5)]
-    assert len(lone.disk) == 1 and lone.sent(P.DATA) == [P.DATA]
-    lone.meta(flush_ack(lone))
-    lone.answer()
-    assert lone.done == [first] and len(lone.disk) == 1
-    lone.settle()
-    lone.meta(flush_ack(lone))
-    assert lone.done == [first, *rest]
-
-
-def test_a_flush_closes_the_epoch_before_it() -> None:
-    lone = Lone().ready()
-    lone.submit(Op.WRITE)
-    lone.settle()
-    lone.submit(Op.FLUSH)
-    assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.BARRIER, P.DATA]
-
-
-def test_a_flush_of_our_own_does_not_answer_a_clients_flush() -> None:
-    """The one that shortens the log was sent earlier than what the client wants to be stable."""
-    lone = Lone().ready()
-    r = lone.submit(Op.WRITE)
-    lone.settle()
-    lone.engine.log.ask_for_flush(lone.vol)
-    lone.take()
-    own = flush_ack(lone)
-    second = lone.submit(Op.WRITE, 8192)
-    flush = lone.submit(Op.FLUSH)
-    lone.settle()
-    lone.meta(lone.ack(r), own)
-    assert flush not in lone.done
-    lone.meta(lone.ack(second), flush_ack(lone))
-    assert flush in lone.done
-
-
-def test_a_flush_the_peer_refuses_is_answered_by_the_local_disk() -> None:
-    lone = Lone().ready()
-    r = lone.submit(Op.WRITE)
-    lone.settle()
-    lone.meta(lone.ack(r))
-    flush = lone.submit(Op.FLUSH)
-    lone.settle()
-    _, block_id, _, _ = unpack_data(next(p for p in lone.payloads(P.DATA) if len(p) == 24))
-    lone.meta(pack_ack(P.NEG_ACK, 0, 0, block_id, 0, 1))
-    assert flush in lone.done and flush.error == 0
-    assert lone.vol.bitmap.weight == 1, "what it did not flush is out of sync"
-
-
-def test_a_failed_local_flush_costs_the_disk() -> None:
-    lone = Lone().ready()
-    flush = lone.submit(Op.FLUSH)
-    lone.answer(error=errno.EIO)
-    lone.settle()
-    assert lone.local_disk() == DiskState.DISKLESS and flush not in lone.done
-    lone.meta(flush_ack(lone))
-    assert flush in lone.done and flush.error == 0
 
 
 # ----------------------------------------------------------------------------------------------- limits

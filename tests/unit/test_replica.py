@@ -272,13 +272,15 @@ def test_the_pause_grows_with_the_flush_but_has_a_limit() -> None:
 def test_a_flush_of_the_peer_is_answered_by_the_next_flush_of_the_disk() -> None:
     lone = Lone().as_secondary()
     lone.data(flush(ID + 1))
-    assert len(flushes(lone)) == 1
+    (first,) = flushes(lone)
+    lone.data(write(1))
+    lone.answer(lone.disk[-1])
     lone.data(flush(ID + 2), flush(ID + 3))
-    assert len(flushes(lone)) == 1, "one is running; the others share the next"
+    assert flushes(lone) == [first], "one is running; the others share the next"
     lone.answer()
-    assert acks(lone) == [("WRITE_ACK", 0, ID + 1)] and len(flushes(lone)) == 1
+    assert acks(lone)[-1] == ("WRITE_ACK", 0, ID + 1) and len(flushes(lone)) == 1
     lone.answer()
-    assert [i for _, _, i in acks(lone)] == [ID + 1, ID + 2, ID + 3]
+    assert [i for _, _, i in acks(lone)][-3:] == [ID + 1, ID + 2, ID + 3]
 
 
 def test_a_flush_covers_writes_answered_early() -> None:
