@@ -3,8 +3,9 @@ and one begun early where it is about to be asked for.
 
 A flush makes stable what the disk had answered when it began, which is what `Volume.data_version` counts. An
 application that writes once and flushes, again and again (the log of a database), will most likely do so the
-next time as well: then its flush begins as soon as the disk has the write, on both nodes, and is well under way
-when the application asks for it. A wrong guess costs a flush that nobody needs, and the habit has to show itself anew.
+next time as well: then its flush begins as soon as the write is answered, on both nodes, and is well under way
+when the application asks for it. Not before, because the threads that flush would take the processor from those
+who answer. A wrong guess costs a flush that nobody needs, and the habit has to show itself anew.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ class LocalFlushes:
             vol.flush_habit = 0
 
     def written(self, vol: Volume) -> None:
-        """The disk has answered writes, and `Volume.flush_habit` says that a flush comes next."""
-        if vol.data_version - vol.asked_version != 1:
+        """Writes are being answered, and `Volume.flush_habit` says that a flush comes next."""
+        n_written = vol.data_version - vol.asked_version
+        if n_written > 1:
             vol.flush_habit = 0
-        elif vol.flushing is None:
+        elif n_written and vol.flushing is None and vol.stable_version != vol.data_version and vol.local:
             self._begin(vol)
 
     def _begin(self, vol: Volume) -> LocalFlush:

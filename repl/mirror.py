@@ -347,8 +347,6 @@ class Mirror:
             vol.bytes_read += n_read
             vol.bytes_written += n_written
             vol.data_version += n_writes
-            if vol.flush_habit == HABIT and n_writes:
-                self.e.flushes.local.written(vol)
             at = end
             if at < n and (r := ops[at]).error:
                 vol = self.e.volumes[r.volume]
@@ -447,6 +445,8 @@ class Mirror:
             if not legs & IN_LOG:
                 self.log.drop_extents(vol, r)
             r.payload = None
+        if vol.flush_habit == HABIT:
+            self.e.flushes.local.written(vol)
         if in_sync and vol.syncing:
             vol.are_in_sync(in_sync)
             self.e.resync.progressed(vol)
