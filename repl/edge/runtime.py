@@ -49,7 +49,7 @@ from .export import ReplicatedVolume
 from .handlers import TIME_LIMIT_S, Handlers
 from .link import Link
 from .storage import Storage
-from .vigil import Vigil
+from .vigil import Vigil, weight
 from .workers import Completions
 
 # Bytes waiting for disk workers at which neither clients nor the peer are read any further; about what a
@@ -246,7 +246,7 @@ class Runtime:
         """Carry out what the machine wants until it wants nothing and nobody has anything new for it."""
         engine, link, disk = self.engine, self.link, self.disk
         finished: list[Request] = []
-        n_ops = 0
+        work = 0
         self._fresh = True
         while not self._stopped:
             if self._fresh:
@@ -259,13 +259,13 @@ class Runtime:
                 if out.meta:
                     link.send_meta(out.meta)
                 if out.done:
-                    n_ops += len(out.done)
+                    work += weight(out.done)
                     finished += out.done
                 ended = disk.start(out.disk) if out.disk else None
                 for effect in out.effects:
                     self._effects[type(effect)](effect)
                 if ended:
-                    n_ops += len(ended)
+                    work += weight(ended)
                     engine.disk_done(ended)
                     self._fresh = True
             elif self._events:
@@ -289,7 +289,7 @@ class Runtime:
         if disk.slow:
             self._vigil.sleep()
         else:
-            self._vigil.watch(n_ops)
+            self._vigil.watch(work)
 
     def _publish(self) -> None:
         """Tell subscribers the news of this wake-up; of several state changes they hear once."""

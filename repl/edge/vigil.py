@@ -9,7 +9,8 @@ It takes no processor from anybody: with each look it offers its own to whoever 
 and kept it, the machine may have better things to do, and the loop sleeps as usual: for a moment the first time,
 because the kernel's own threads do the same on an idle machine, and for longer and longer when it happens again at
 once. And the larger the batches are, the less it looks: what a wake-up costs is shared by the batch, and meanwhile
-the next one grows.
+the next one grows. A long operation is as good as a batch: next to 128 KiB on their way to two disks a wake-up is
+little, and whoever waits awake for them takes the processor, or half of it, from those who carry them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,27 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
+
+from tandem.repl.requests import DiskOp
+from tandem.repl.units import BLOCK_SHIFT, IO_MAX
 
 LOOK_MAX_S: Final = 250e-6  # a few times the way to the peer's disk and back
 LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is worth
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
-FEW: Final = 4.0  # operations per wake-up, on average; beyond, twice as many are worth a quarter of the look
+FEW: Final = 4.0  # operations of 4 KiB per wake-up, on average; beyond, twice as many are worth a quarter of the look
+
+
+def weight(ops: Sequence[DiskOp]) -> int:
+    """What a wake-up has done with *ops* (at least one), in operations of 4 KiB.
+
+    The first one stands for all of them: most batches are of one length, and looking at each would cost more than
+    a wrong guess. A trim is no more work than the longest write.
+    """
+    return len(ops) * max(min(ops[0].length, IO_MAX) >> BLOCK_SHIFT, 1)
 
 
 class Vigil:
@@ -65,7 +78,7 @@ class Vigil:
             self._window = min(max(2 * self._window, LOOK_FIRST_S), LOOK_MAX_S)
 
     def watch(self, n: int) -> None:
-        """A wake-up with *n* operations has ended, and what comes next comes from a socket."""
+        """A wake-up with *n* operations (see `weight`) has ended, and what comes next comes from a socket."""
         self._size += (n - self._size) / 8
         self._learning = True
         self._began = self._clock()

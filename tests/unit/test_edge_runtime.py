@@ -18,6 +18,7 @@ from tandem.repl.edge import disk as disk_module
 from tandem.repl.edge.blockio import Device
 from tandem.repl.edge.disk import OpenVolume
 from tandem.repl.edge.runtime import INTERRUPTED, Runtime
+from tandem.repl.edge.vigil import Vigil
 from tandem.repl.errors import Refusal
 from tandem.repl.events import (
     Answer,
@@ -178,6 +179,17 @@ def test_a_batch_is_on_disk_and_answered_as_one_in_one_wake_up(tmp_path: Path) -
         bench.runtime.volume(0).submit(batch)
         assert bench.client.batches == [batch]  # all of it before submit returned
         assert os.pread(bench.fd, 4096, 0) == b"".join(bytes([i]) * 512 for i in range(8))
+
+    run(tmp_path, test)
+
+
+def test_nobody_stays_awake_for_long_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(bench: Bench) -> None:
+        seen: list[int] = []
+        monkeypatch.setattr(Vigil, "watch", lambda vigil, n: seen.append(n))
+        bench.runtime.volume(0).submit([bench.client.write(0)])
+        bench.runtime.volume(0).submit([bench.client.write(0, bytes(128 << 10))])
+        assert seen == [2, 64]  # written, and answered
 
     run(tmp_path, test)
 

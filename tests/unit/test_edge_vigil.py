@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from tandem.repl.edge.vigil import AWAY_S, LOOK_FIRST_S, LOOK_MAX_S, REST_MAX_S, REST_MIN_S, Vigil
+from tandem.repl.edge.vigil import AWAY_S, LOOK_FIRST_S, LOOK_MAX_S, REST_MAX_S, REST_MIN_S, Vigil, weight
+from tandem.repl.requests import DATA, DiskOp, Op
 
 LOOK_S = 2e-6  # what one look takes here
 
@@ -93,6 +94,15 @@ def test_the_larger_the_batches_the_shorter_the_look() -> None:
         world = World()
         assert all([world.event_after(short_s, n) for _ in range(60)][-8:])
         assert not any([world.event_after(long_s, n) for _ in range(60)][-8:])
+
+
+def test_a_long_operation_is_as_good_as_a_batch() -> None:
+    def ops(n: int, length: int) -> list[DiskOp]:
+        return [DiskOp(Op.WRITE, 0, 0, length, None, 0, DATA)] * n
+
+    assert [weight(ops(3, length)) for length in (0, 512, 4096, 16 << 10)] == [3, 3, 3, 12]
+    assert weight(ops(1, 128 << 10)) == 32
+    assert weight(ops(1, 128 << 20)) == weight(ops(1, 1 << 20)) == 256  # a trim
 
 
 def test_one_long_wait_among_short_ones_does_not_end_it() -> None:
