@@ -27,6 +27,7 @@ CHUNK_MIN: Final = 64 << 10  # what a quiet connection asks the kernel for
 CHUNK_MAX: Final = 1 << 20  # more does not make the batches better, and a kept slice keeps all of it
 CHUNK_PROBE: Final = 4 << 10  # after a long packet: another is likely, and its payload is not to be copied
 OWN_BUFFER_MIN: Final = 32 << 10  # a cut packet that lacks this much is received in its own buffer
+WAKE_BYTES: Final = 256 << 10  # of a long packet: a wake-up costs as much as copying some 100 KiB
 IOV_MAX: Final = 1024  # buffers in one sendmsg, <limits.h> of Linux
 BACKLOG_HIGH: Final = 4 << 20  # unsent bytes at which the owner is told to slow down
 BACKLOG_LOW: Final = 1 << 20  # unsent bytes at which it may go on
@@ -43,7 +44,7 @@ class Receiver:
     Both may raise; the exception comes out of `receive`, and the stream is then of no further use.
     """
 
-    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_filled", "_need", "_own", "_sock",
+    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_filled", "_mark", "_need", "_own", "_sock",
                  "_tail", "_want")  # fmt: skip
 
     def __init__(
@@ -65,6 +66,7 @@ class Receiver:
         self._want = 0  # the length of the incomplete packet in _tail or _own, as far as it is known
         self._own: memoryview | None = None  # the buffer of a long incomplete packet
         self._filled = 0  # bytes of _own that are there
+        self._mark = 0 if sock.family == socket.AF_UNIX else 1  # SO_RCVLOWAT; Unix sockets wake nobody by it
 
     def receive(self) -> int:
         """Receive once and hand on what is complete; to be called when the socket is readable.
@@ -136,11 +138,19 @@ class Receiver:
 
     def _fill_own(self, own: memoryview, n: int) -> None:
         self._filled += n
+        if n and self._mark:
+            self._wake_at(max(min(self._want - self._filled, WAKE_BYTES), 1))
         if self._filled == self._want:
             self._own = None
             used = self._consume(own)
             if used < len(own):
                 self._keep(own[used:])
+
+    def _wake_at(self, mark: int) -> None:
+        """Have the loop woken when so many bytes are there, or at the end of the stream; not by each segment."""
+        if mark != self._mark:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+            self._mark = mark
 
     def _keep(self, rest: memoryview) -> None:
         """Remember the incomplete packet *rest*; the only place where received bytes are copied."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import select
 import socket
 import struct
 from collections.abc import Iterator
 
 import pytest
 import uvloop
-from tandem.repl.edge.stream import IOV_MAX, OWN_BUFFER_MIN, Receiver, Sender, prepare
+from tandem.repl.edge.stream import IOV_MAX, OWN_BUFFER_MIN, WAKE_BYTES, Receiver, Sender, prepare
 from tandem.repl.requests import Buffer
 
 HEADER = struct.Struct(">HI")  # a mark and the length of what follows
@@ -126,6 +127,63 @@ def test_a_long_packet_is_received_in_its_own_buffer(pair: tuple[socket.socket, 
         pass
     assert sink.payloads == [b"before", long, b"after"]
     assert len(sink.payloads[1].obj) == HEADER.size + len(long)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tcp_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        a = socket.create_connection(listener.getsockname())
+        b, _ = listener.accept()
+    prepare(b)
+    with a, b:
+        yield a, b
+
+
+def is_readable(sock: socket.socket, wait_s: float = 0.0) -> bool:
+    return bool(select.select([sock], [], [], wait_s)[0])
+
+
+def test_a_long_packet_wakes_nobody_for_each_segment(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    """Only a long piece of it, its end, and the end of the stream do; and then the next short one as usual."""
+    ours, theirs = tcp_pair
+    sink = Framed()
+    receiver = Receiver(theirs, sink.consume, sink.need)
+    long = random.Random(2).randbytes(WAKE_BYTES * 2)
+    stream = framed([long, b"short"])
+    at = 0
+    for step in (20_000, 1000):  # the header, and where the buffer of its own begins
+        ours.sendall(stream[at : at + step])
+        at += step
+        assert is_readable(theirs, 10)
+        receiver.receive()
+    assert receiver.cut
+    ours.sendall(stream[at : at + 50_000])
+    assert not is_readable(theirs)
+    ours.setblocking(False)
+    at += 50_000
+    end = HEADER.size + len(long)
+    while receiver.cut:
+        at += ours.send(stream[at:end]) if at < end else 0
+        assert is_readable(theirs, 10)
+        receiver.receive()
+    assert sink.payloads == [long]
+    ours.sendall(stream[end:])
+    assert is_readable(theirs, 10)
+    receiver.receive()
+    assert sink.payloads == [long, b"short"]
+
+
+def test_the_end_of_the_stream_is_seen_within_a_long_packet(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = tcp_pair
+    sink = Framed()
+    receiver = Receiver(theirs, sink.consume, sink.need)
+    for part in (framed([bytes(WAKE_BYTES)])[:20_000], b"x" * 1000):
+        ours.sendall(part)
+        assert is_readable(theirs, 10)
+        receiver.receive()
+    assert not is_readable(theirs)
+    ours.close()
+    assert is_readable(theirs, 10) and not receiver.receive()
 
 
 @pytest.mark.parametrize("seed", range(20))
