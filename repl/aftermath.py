@@ -74,8 +74,10 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
         disk_back = old.role == new.role == Role.PRIMARY and old.disk < D.UP_TO_DATE and not new.connected
         primary = Role.PRIMARY in (new.role, new.peer)
         if (primary and (lost_peer_data(old, new) or target_may_have_ended)) or peer_writes_here or disk_back:
-            if new.suspended and e.config.net.protocol == "C":
-                vol.new_current_pending = True  # only under C is the log complete enough to be sent again
+            # Put off only while the log waits to be sent again, and only under C is it complete enough for that.
+            # On a connection that stands, a Primary without a disk writes here however frozen we are.
+            if new.suspended and e.config.net.protocol == "C" and (e.log.kept or not new.connected):
+                vol.new_current_pending = True
             else:
                 e.start_new_generation(vol)
                 if new.connected and e.connected:

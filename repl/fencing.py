@@ -179,10 +179,11 @@ class FencingRoom:
     def all_connected(self) -> None:
         """Every volume is connected again: the peer never went, send again what it did not answer."""
         frozen = [v for v in self.e.volumes.values() if v.state.susp_fen or v.state.susp_nod]
-        if not frozen and not self.e.log.kept:
+        pending = [v for v in self.e.volumes.values() if v.new_current_pending]
+        if not frozen and not pending and not self.e.log.kept:
             return
-        if all(v.state.pdsk == DiskState.UP_TO_DATE for v in self.e.volumes.values() if v.new_current_pending):
-            for vol in self.e.volumes.values():
+        if all(v.state.pdsk == DiskState.UP_TO_DATE for v in pending):
+            for vol in pending:
                 vol.new_current_pending = False
             self.e.log.replay()
         else:  # it came back without its disk, so perhaps without its memory: its next attach is a resync

@@ -67,6 +67,49 @@ def test_a_frozen_primary_only_remembers_that_one_is_due() -> None:
     assert lone.vol.uuids.bitmap == old.current and not lone.vol.new_current_pending
 
 
+def lose_disk(lone: Lone) -> None:
+    """The peer's disk is detached; it says so twice, as it does."""
+    for disk in (D.FAILED, D.DISKLESS):
+        said = State(lone.state.peer, lone.state.role, C.CONNECTED, disk, lone.local_disk())
+        lone.data(pack_state(said.word(), 0))
+        lone.settle()
+
+
+def test_a_suspended_secondary_begins_a_generation_for_a_primary_without_a_disk() -> None:
+    """What that Primary writes here is not held up: its own disk must be known as the older one when it is back."""
+    lone = Lone().as_secondary()
+    lone.run("suspend-io")
+    old = lone.vol.uuids
+    lose_disk(lone)
+    assert lone.vol.uuids.bitmap == old.current and not lone.vol.new_current_pending
+    assert len(lone.sent(P.UUIDS)) == 1
+
+
+def test_a_suspended_primary_begins_its_generation_while_the_connection_stands() -> None:
+    """Nothing is sent again there; and the peer, attached again, would be taken for equal without a resync."""
+    lone = Lone().ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.run("suspend-io")
+    old = lone.vol.uuids
+    lose_disk(lone)
+    assert lone.vol.uuids.bitmap == old.current and not lone.vol.new_current_pending
+    assert lone.vol.bitmap.weight == 1
+
+
+def test_a_suspended_primary_that_meets_its_peer_again_needs_no_generation() -> None:
+    """Begun when I/O is resumed, it would make a stranger of a peer that has everything."""
+    lone = Lone().ready()
+    lone.run("suspend-io")
+    old = lone.vol.uuids
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    lone.connect()
+    assert lone.conn() == C.CONNECTED and not lone.vol.new_current_pending
+    lone.run("resume-io")
+    assert lone.vol.uuids == old
+
+
 def test_demotion_clears_bit_0_and_promotion_sets_it() -> None:
     lone = Lone()
     lone.attach()
