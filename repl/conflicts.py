@@ -78,7 +78,7 @@ class Conflicts:
     # ------------------------------------------------------------------------------ our writes
 
     def peer_first(self, vol: Volume, r: Request) -> bool:
-        """Must our write wait because the peer's are under way there? Then it is dispatched again later."""
+        """Must our write wait because the peer's are under way there? Then it is started again later."""
         if not vol.n_untracked and vol.peer_intervals.blocker(r.offset, r.length) is None:
             return False
         vol.behind_peer.append(r)
@@ -87,7 +87,7 @@ class Conflicts:
     def peer_progressed(self, vol: Volume) -> None:
         """A write of the peer ended: what waited for it tries again."""
         for _ in range(len(vol.behind_peer)):
-            self.e.mirror.dispatch(vol, vol.behind_peer.popleft())
+            self.e.mirror.start(vol, vol.behind_peer.popleft())
 
     def refused(self, r: Request, cmd: int, finished: list[Request]) -> None:
         """P_SUPERSEDED or P_RETRY_WRITE for our write *r*."""
@@ -122,7 +122,7 @@ class Conflicts:
             self._due.remove(r)
             self.postponed.remove(r)
             r.legs &= AL_REF
-            self.e.mirror.dispatch(vol, r)
+            self.e.mirror.start(vol, r)
 
     # ------------------------------------------------------------------------------ the peer's writes
 

@@ -208,11 +208,16 @@ class Mirror:
             return
         vol.intervals.add(r)
         r.legs = 0
-        if vol.local and not vol.al_suspended and not self._take_extents(vol, r):
+        self.start(vol, r)
+
+    def start(self, vol: Volume, r: Request) -> None:
+        """A write that holds its range, and its extents unless the disk they were hot on has left meanwhile."""
+        hot = r.legs & AL_REF or not vol.local or vol.al_suspended
+        if hot or self._take_extents(vol, r):
+            self.dispatch(vol, r)
+        else:
             vol.al_waiting.append(r)
             self.kick_activity_log(vol)
-            return
-        self.dispatch(vol, r)
 
     def _take_extents(self, vol: Volume, r: Request) -> bool:
         """References on all extents of the request, or none; wishes for those that are cold."""

@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 from tandem.repl.config import Fencing
-from tandem.repl.requests import DATA, PEER, Op, Request
-from tandem.repl.states import ConnState, Role
+from tandem.repl.requests import DATA, META, PEER, Op, Request
+from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import (
     DP_FUA,
     DP_SEND_WRITE_ACK,
     Packet,
+    Uuids,
     pack_ack,
     pack_barrier,
     pack_data,
+    pack_state,
     unpack_ack,
     unpack_barrier_ack,
 )
@@ -276,6 +278,27 @@ def test_a_postponed_write_is_held_back_by_a_suspension_like_any_other() -> None
     lone.meta(their_ack(r, 3))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.done == [r] and r.error == 0 and lone.vol.bitmap.weight == 0
+
+
+def test_a_postponed_write_that_finds_another_disk_waits_for_its_log() -> None:
+    """The extents it holds were hot in the log of the disk that left."""
+    lone = dual(resolver=False)
+    r = lone.submit(Op.WRITE, 0, 8192)
+    lone.settle()
+    lone.data(theirs(0, 8, 1))
+    lone.meta(their_ack(r, 2, P.RETRY_WRITE))
+    lone.run("suspend-io")
+    lone.run("detach", force=True)
+    u = lone.vol.uuids
+    lone.attach(generations=(u.current, u.bitmap, u.history0, u.history1))
+    peer = State(Role.PRIMARY, Role.PRIMARY, ConnState.CONNECTED, DiskState.UP_TO_DATE, DiskState.NEGOTIATING)
+    lone.data(Uuids(u.current, u.bitmap, u.history0, u.history1, 0, 0).pack(0), pack_state(peer.word(), 0))
+    lone.settle()
+    assert lone.local_disk() == DiskState.UP_TO_DATE and not lone.vol.al.refs
+    lone.command("resume-io")
+    assert [op.area for op in lone.disk] == [META] and len(lone.payloads(P.DATA)) == 1
+    lone.answer()
+    assert on_disk(lone) == [(0, 16)] and lone.vol.al.refs[0] and len(lone.payloads(P.DATA)) == 2
 
 
 @pytest.mark.parametrize("told", ["before", "after"])
