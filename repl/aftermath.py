@@ -90,6 +90,11 @@ def _generations(e: Engine, vol: Volume, old: State, new: State) -> None:
         vol.outrun = True
     if new.disk == D.UP_TO_DATE and not vol.completion_gates:
         vol.exposed = vol.uuids.current & ~1
+    # What our own disk last was is of no account for who begins to read the peer's; that one says when it moves on.
+    begins = new.conn in (C.SYNC_TARGET, C.PAUSED_SYNC_T) or old.role != Role.PRIMARY
+    reads_there = new.role == Role.PRIMARY and new.connected and new.disk < D.UP_TO_DATE == new.pdsk
+    if begins and reads_there and vol.exposed and vol.peer_uuids:
+        vol.exposed = vol.peer_uuids.current & ~1
 
 
 def _flags(e: Engine, vol: Volume, new: State) -> None:

@@ -110,6 +110,22 @@ def test_a_suspended_primary_that_meets_its_peer_again_needs_no_generation() -> 
     assert lone.vol.uuids == old
 
 
+@pytest.mark.parametrize("promoted", ["as sync target", "without a disk"])
+def test_a_primary_that_reads_from_its_peer_finds_it_again_without_a_disk(promoted: str) -> None:
+    """The generation in use is the peer's, whatever its own disk had when that was UpToDate."""
+    lone = Lone().target((0, 8), role=Role.SECONDARY)
+    assert lone.vol.exposed == 0x10
+    if promoted == "as sync target":
+        lone.primary()
+    lone.run("detach", force=True)
+    if promoted == "without a disk":
+        lone.primary()
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+    lone.connect(uuids=(0x20, 0x10, 0, 0))
+    assert lone.conn() == C.CONNECTED
+
+
 def test_demotion_clears_bit_0_and_promotion_sets_it() -> None:
     lone = Lone()
     lone.attach()
