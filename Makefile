@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py repl/_batches.pyx repl/_slots.pxi repl/edge/_calls.pyx nbd/_batches.pyx \
     nbd/_waiting.pyx
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
+SAY_IF_PLAIN := ls repl/_batches.*.so > /dev/null 2>&1 || echo "Installed without compiled loops, as there is no C \
+	compiler: everything works, and short requests take up to twice the processor time."
 LAB_WORKERS := 4  # guests mostly wait, so more of them than there are cores
 
 .PHONY: help demo migrate-demo test lab sim bench lint docs clean programs
@@ -73,9 +75,11 @@ $(VENV)/pyvenv.cfg:
 $(VENV)/.installed: $(BUILD_INPUTS) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) ..."
 	@$(INSTALL) --editable .
+	@$(SAY_IF_PLAIN)
 	@touch $@
 
 $(VENV)/.installed-test: $(BUILD_INPUTS) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV), with what the tests need ..."
 	@$(INSTALL) --editable '.[test]'
+	@$(SAY_IF_PLAIN)
 	@touch $@ $(VENV)/.installed

@@ -77,10 +77,12 @@ def show(
                 ratio = str(found)
                 cpu_found = cpu_ratios(rounds, system, reference)
                 cpu = f"{cpu_found.median:.2f}" if cpu_found else ""
-                bar = _judged(workload.bar, found.median, workload.more_is_better) if system == "tandem" else ""
+                if system == "tandem":
+                    bar = _judged(workload.bar, found.median, workload.more_is_better)
+                    cpu += f" {_judged(workload.cpu_bar, cpu_found.median, False)}".rstrip() if cpu_found else ""
             table.add_row(
                 workload.title if i == 0 else "", titles[system], figure_text(workload, runs),
-                f"{statistics.median(r.p99_us for r in runs):,.0f} µs",
+                f"{p99:,.0f} µs" if (p99 := statistics.median(r.p99_us for r in runs)) else "",
                 f"{statistics.median(r.cpu_us_per_op for r in runs):,.1f} µs", ratio, cpu, bar,
                 end_section=i == len(rounds) - 1,
             )  # fmt: skip

@@ -67,9 +67,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure Tandem against others with fio's nbd engine.")
     parser.add_argument("--quick", action="store_true", help="under three minutes")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
-    parser.add_argument("--rounds", type=int, help="how often everything is measured")
-    parser.add_argument("--seconds", type=float, help="how long one measurement takes")
-    parser.add_argument("--size", type=int, metavar="MIB", help="size of the exports")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long one measurement takes")
+    parser.add_argument("--size", type=int, metavar="MIB", help="size of the exports (512; 256 with --quick)")
     parser.add_argument("--workload", action="append", metavar="NAME", help="only these (may be repeated)")
     parser.add_argument("--system", action="append", metavar="NAME", help="only these, and the reference")
     parser.add_argument("--also", metavar="DIR", help="measure the Tandem of another checkout, too")
@@ -78,9 +78,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-extras", action="store_true", help="only fio's jobs; --quick implies it")
     parser.add_argument("--plots", metavar="DIR", help="draw throughput and latency against queue depth there")
     options = parser.parse_args()
-    options.rounds = options.rounds or 3
-    options.seconds = options.seconds or 2.0
-    options.size = (options.size or (256 if options.quick else 512)) * MIB
+    if options.size is None:
+        options.size = 256 if options.quick else 512
+    if options.rounds < 1 or options.seconds < 0.1 or options.size < 16:
+        parser.error("at least one round, 0.1 seconds and 16 MiB are needed")
+    options.size *= MIB
+    if not Path(options.dir).is_dir():
+        parser.error(f"there is no directory {options.dir}")
+    if options.also and not (Path(options.also) / "repl").is_dir():
+        parser.error(f"there is no checkout of Tandem in {options.also}")
     names = [w.name for w in WORKLOADS]
     for name in options.workload or ():
         if name not in names:

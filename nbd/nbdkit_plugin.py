@@ -10,6 +10,7 @@ A program like those in tools/, it stands outside the rooms and may import from 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import site
@@ -58,6 +59,7 @@ PARAMETERS: Final = ("resource", "config", "node", "run-dir")
 parameters: dict[str, str] = {}
 nodes: list[EmbeddedNode] = []  # the one node, once the configuration is read
 volumes: dict[int, BlockingVolume] = {}
+handles: set[Open] = set()  # of the connections that are open
 
 
 class Open:
@@ -154,7 +156,13 @@ def _ended() -> None:
 
 
 def cleanup() -> None:
-    """nbdkit ends, all connections are closed: take the resource down."""
+    """nbdkit ends, and no call is under way: take the resource down.
+
+    Who was connected when nbdkit was told to end is gone, but nbdkit did not say so: it closes no handles then.
+    """
+    with contextlib.suppress(StartError):  # the node went down by itself, and has nothing open any more
+        while handles:
+            close(next(iter(handles)))
     if nodes:
         nodes[0].stop()
 
@@ -194,6 +202,7 @@ def open(readonly: int) -> Open:
     if refusal is not None:
         nbdkit.set_error(errno.EROFS if handle.writable else errno.EACCES)
         raise Refused(refusal)
+    handles.add(handle)
     return handle
 
 
@@ -203,6 +212,7 @@ def close(handle: Open) -> None:
     async def closed() -> None:
         handle.blocking.volume.close(handle.writable)
 
+    handles.discard(handle)
     _node().ask(closed())
 
 
