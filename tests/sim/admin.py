@@ -98,7 +98,7 @@ def add_options(world: World, options: list[Option]) -> None:
                 options.append((2.0, open_first, (node,)))
         elif node.primary and world.mix.auto_promote and not node.opened:
             options.append((0.5, command, (node, "secondary")))  # its clients went, the peer did not agree to more
-        if world.mix.two_primaries and not node.primary and node.connected:
+        if world.mix.two_primaries and not node.primary and node.connected and _may_promote(world, node):
             options.append((0.5, command, (node, "primary")))
         if node.state().conn is C.STAND_ALONE:
             options.append((0.5, command, (node, "connect")))

@@ -130,7 +130,8 @@ class Ledger:
         self.n_acked += 1
         for node in holders:
             self.arrived(write, node)
-            if write.fua and node in write.reached:  # else it holds what was written instead, by an ordinary write
+            if write.fua and node in write.reached and not (write.alone and node != write.node):
+                # Else it holds what was written instead, by an ordinary write; or it died with it in a cache.
                 for s in write.sectors:
                     self._narrow_stable(self.copies[node], s, write)
 
