@@ -9,8 +9,8 @@ It takes no processor from anybody: with each look it offers its own to whoever 
 and kept it, the machine may have better things to do, and the loop sleeps as usual: for a moment the first time,
 because the kernel's own threads do the same on an idle machine, and for longer and longer when it happens again at
 once. And the larger the batches are, the less it looks: what a wake-up costs is shared by the batch, and meanwhile
-the next one grows. A long operation is as good as a batch: next to 128 KiB on their way to two disks a wake-up is
-little, and whoever waits awake for them takes the processor, or half of it, from those who carry them.
+the next one grows. A long operation is as good as a small batch: next to 128 KiB on their way to two disks a wake-up
+is little, and whoever waits awake for them takes the processor, or half of it, from those who carry them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from tandem.repl.requests import DiskOp
-from tandem.repl.units import BLOCK_SHIFT, IO_MAX
+from tandem.repl.units import BLOCK_SHIFT
 
 LOOK_MAX_S: Final = 250e-6  # a few times the way to the peer's disk and back
 LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is worth
@@ -30,15 +30,16 @@ AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
 FEW: Final = 4.0  # operations of 4 KiB per wake-up, on average; beyond, twice as many are worth a quarter of the look
+LONG: Final = 8  # operations of 4 KiB; not at all awake, 1 MiB writes lose a tenth of their rate on idle processors
 
 
 def weight(ops: Sequence[DiskOp]) -> int:
     """What a wake-up has done with *ops* (at least one), in operations of 4 KiB.
 
     The first one stands for all of them: most batches are of one length, and looking at each would cost more than
-    a wrong guess. A trim is no more work than the longest write.
+    a wrong guess. A long one counts for `LONG` at most: the longer, the more it gains from a client that is seen at once.
     """
-    return len(ops) * max(min(ops[0].length, IO_MAX) >> BLOCK_SHIFT, 1)
+    return len(ops) * min(max(ops[0].length >> BLOCK_SHIFT, 1), LONG)
 
 
 class Vigil:
