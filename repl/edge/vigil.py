@@ -37,7 +37,7 @@ def weight(ops: Sequence[DiskOp]) -> int:
     """What a wake-up has done with *ops* (at least one), in operations of 4 KiB.
 
     The first one stands for all of them: most batches are of one length, and looking at each would cost more than
-    a wrong guess. A long one counts for `LONG` at most: the longer, the more it gains from a client that is seen at once.
+    a wrong guess. A long one counts for `LONG` at most: who moves megabytes gains by being seen at once.
     """
     return len(ops) * min(max(ops[0].length >> BLOCK_SHIFT, 1), LONG)
 

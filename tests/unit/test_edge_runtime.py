@@ -183,7 +183,7 @@ def test_a_batch_is_on_disk_and_answered_as_one_in_one_wake_up(tmp_path: Path) -
     run(tmp_path, test)
 
 
-def test_a_long_operation_counts_as_a_small_batch_for_staying_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_operation_counts_as_a_small_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         seen: list[int] = []
         monkeypatch.setattr(Vigil, "watch", lambda vigil, n: seen.append(n))
