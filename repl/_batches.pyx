@@ -52,6 +52,8 @@ cdef enum:
     AL_REF = 16
     IN_SYNC = 32
     BOTH_OK = 3
+    SETTLED = 27  # both, IN_LOG and AL_REF
+    RANGE_SHIFT = 9
 
 cdef long long LONGEST = IO_MAX
 cdef object REQUEST = Request
@@ -261,6 +263,36 @@ def leave_log(list requests, Py_ssize_t at, long long volume, dict refs, dict in
         if inflight:
             inflight.pop(slot_get(r, _block_id), None)
     return n
+
+
+def settle_epoch(list requests, long long volume, bytearray ranges, dict extents):
+    cdef Py_ssize_t i, count = 0, n = len(requests)
+    cdef long long legs, offset, end, first, extent
+    cdef list rest = []
+    cdef object key
+    cdef bytes packed = PyBytes_FromStringAndSize(NULL, 8 * n)
+    cdef uint64_t *to = <uint64_t *>PyBytes_AS_STRING(packed)
+    for i in range(n):
+        r = requests[i]
+        if type(r) is not REQUEST or number(r, _volume) != volume or number(r, _op) != OP_WRITE or number(r, _waiting):
+            rest.append(r)
+            continue
+        legs, offset = number(r, _legs), number(r, _offset)
+        end, extent = offset + number(r, _length), offset >> 22
+        if (
+            legs & SETTLED != SETTLED or slot_get(r, _payload) is not None or end <= offset or end - offset > LONGEST
+            or (end - 1) >> 22 != extent
+        ):
+            rest.append(r)
+            continue
+        first = offset >> 12
+        to[count] = first << RANGE_SHIFT | ((end + 4095) >> 12) - first
+        count += 1
+        key = extent
+        extents[key] = extents.get(key, 0) + 1
+        slot_set(r, _legs, legs & ~(IN_LOG | AL_REF))
+    ranges += packed[:8 * count]
+    return rest
 
 
 # ------------------------------------------------------------------------------ the peer's writes

@@ -130,9 +130,9 @@ class ActivityLog:
         self.refs[extent] = n + 1
         return True
 
-    def put(self, extent: int) -> None:
-        """Drop a reference; without references the extent may be evicted, the longest unused one first."""
-        n = self.refs[extent] - 1
+    def put(self, extent: int, n_refs: int = 1) -> None:
+        """Drop references; without any the extent may be evicted, the longest unused one first."""
+        n = self.refs[extent] - n_refs
         assert n >= 0, extent
         self.refs[extent] = n
         if not n:

@@ -11,6 +11,7 @@ one changes the other.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ from .requests import (
     PeerWrite,
     Request,
 )
-from .units import IO_MAX
+from .units import IO_MAX, RANGE_SHIFT
 from .wire import (
     ACK,
     DATA_PACKET,
@@ -51,6 +52,7 @@ _DATA: Final = int(Packet.DATA)
 _WRITE_ACK: Final = int(Packet.WRITE_ACK)
 _RS_WRITE_ACK: Final = int(Packet.RS_WRITE_ACK)
 _UNUSUAL: Final = ~(DP_SEND_WRITE_ACK | DP_FUA | DP_RW_SYNC)  # flags of a P_DATA that need the long path
+_SETTLED: Final = BOTH_OK | IN_LOG | AL_REF
 _SYNCING: Final = DP_SEND_WRITE_ACK | DP_MAY_SET_IN_SYNC  # of a write during a resync
 
 # ------------------------------------------------------------------------------ our applications' requests
@@ -218,6 +220,32 @@ def leave_log(
         if inflight:
             inflight.pop(r.block_id, None)  # protocols A and B have no write ack
     return len(requests)
+
+
+def settle_epoch(
+    requests: Sequence[Any], volume: int, ranges: bytearray, extents: dict[int, int]
+) -> list[Any]:  # fmt: skip
+    """What is left in the transfer log of writes to *volume* that both nodes have answered.
+
+    To *ranges* each adds a number of 64 bits of this processor: its first block, shifted by `RANGE_SHIFT`, and how many
+    it touches; in *extents* it adds one to its extent, on which it has a reference. Returns the requests that have to
+    be kept as they are, in order: of another volume, not answered, on one node only, no plain write, of two extents.
+    """
+    rest, packed = [], array("Q")
+    for r in requests:
+        if (
+            type(r) is not Request or r.volume != volume or r.op != _WRITE or r.waiting or r.payload is not None
+            or r.legs & _SETTLED != _SETTLED or not 0 < r.length <= IO_MAX
+            or (extent := r.offset >> 22) != (r.offset + r.length - 1) >> 22
+        ):  # fmt: skip
+            rest.append(r)
+            continue
+        first = r.offset >> 12
+        packed.append(first << RANGE_SHIFT | ((r.offset + r.length + 4095) >> 12) - first)
+        extents[extent] = extents.get(extent, 0) + 1
+        r.legs &= ~(IN_LOG | AL_REF)
+    ranges += packed.tobytes()
+    return rest
 
 
 # ------------------------------------------------------------------------------ the peer's writes

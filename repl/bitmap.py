@@ -27,6 +27,8 @@ _PAGE_SHIFT: Final = 15  # bits
 _WORDS_PER_PAGE: Final = PAGE // 8
 _CHUNK_PAGES: Final = 1024  # pages looked at together; keeps temporary arrays inside the cache
 
+_MANY: Final = 4096  # ranges of bits that are set together
+
 _CLEAN: Final = 0
 _LAZY: Final = 1
 _DIRTY: Final = 2
@@ -118,6 +120,25 @@ class Bitmap:
         if first >> _PAGE_SHIFT == end - 1 >> _PAGE_SHIFT:
             return self._clear_in_page(first, end)
         return self._by_pages(first, end, False)
+
+    def set_many(self, firsts: npt.NDArray[np.uint64], counts: npt.NDArray[np.uint64]) -> None:
+        """Set *counts* bits from each of *firsts* on; what lies beyond the end is ignored. For thousands at once."""
+        for n in np.unique(counts):
+            starts = np.unique(firsts[counts == n])
+            for chunk in range(0, len(starts), _MANY):
+                part = starts[chunk : chunk + _MANY, np.newaxis] + np.arange(n, dtype=np.uint64)
+                bits = np.unique(part)
+                self._set_bits(bits[bits < self.n_bits])
+
+    def _set_bits(self, bits: npt.NDArray[np.uint64]) -> None:
+        """Set *bits*, each of which is there once."""
+        words, masks = bits >> np.uint64(6), np.uint64(1) << (bits & np.uint64(63))
+        new = (self._words[words] & masks) == 0
+        np.bitwise_or.at(self._words, words[new], masks[new])
+        pages, n = np.unique(bits[new] >> np.uint64(_PAGE_SHIFT), return_counts=True)
+        self._weights[pages] += n.astype(np.int32)
+        np.frombuffer(self._marks, np.uint8)[pages] = _DIRTY
+        self.weight += int(n.sum())
 
     def _set_in_page(self, first: int, end: int) -> int:
         assert 0 <= first < end <= self.n_bits

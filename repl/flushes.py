@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from .epoch import PeerFlush
 from .local_flush import LocalFlushes
 from .requests import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK
 from .states import DiskState
-from .transfer_log import PeerFlush
 from .volume import Volume
 
 if TYPE_CHECKING:

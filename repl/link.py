@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final
 from . import settings
 from .compiled import batches
 from .digests import digest, hmac_response, hmac_size
+from .epoch import PeerFlush
 from .errors import PeerProtocolError
 from .requests import Request
 from .states import ConnState, DiskState
-from .transfer_log import PeerFlush
 from .units import DISCARD_MAX, IO_MAX
 from .verify import Stretch
 from .volume import Volume

@@ -32,7 +32,6 @@ from .requests import (
     Request,
 )
 from .states import ConnState, DiskState, Role
-from .transfer_log import LOG_MAX
 from .units import extents_touched
 from .volume import Volume
 from .wire import (
@@ -76,7 +75,7 @@ class Mirror:
         self.n_app += n
         vol.n_app += n
         vol.last_app_io = self.e.now
-        if self.log.n_requests > LOG_MAX // 2:
+        if self.log.half_full:
             self.log.ask_for_flush(vol)
         if vol.fast and not vol.intervals.large:
             batch = self._submit_fast(vol, batch)

@@ -44,9 +44,12 @@ if TYPE_CHECKING:
 _CONNECTED: Final = ConnState.CONNECTED
 _INCONSISTENT: Final = DiskState.INCONSISTENT
 
-PAUSE_FACTOR: Final = 10  # pause this many times as long as the last flush took
+# A flush that only barrier acks need: it holds up the writes beside it, and blocks written again meanwhile are spared.
+QUIET_S: Final = 0.05  # without writes for so long, it waits for …
+PAUSE_FACTOR: Final = 10  # … so many times as long as the last one took, …
 PAUSE_MIN_S: Final = 0.02
-PAUSE_MAX_S: Final = 1.0  # far below the 42 s after which a peer gives up on a missing barrier ack
+PAUSE_MAX_S: Final = 5.0  # … and never longer than a file system keeps its journal from the disk, …
+PAUSE_PART: Final = 0.25  # … nor than this part of the time after which the peer gives up on a barrier ack
 
 
 class Replica:
@@ -68,7 +71,9 @@ class Replica:
         self.flushing_epochs: list[PeerEpoch] = []
         self.flush_out = 0
         self.flush_began = 0.0
-        self.next_flush_at = 0.0
+        self.next_flush_at = 0.0  # while the peer writes …
+        self.quiet_flush_at = 0.0  # … and when it does not
+        self.last_write_at = -QUIET_S
         self.flush_failed: set[int] = set()  # volumes
 
     # ------------------------------------------------------------------------------ receiving
@@ -84,6 +89,7 @@ class Replica:
             view, at, vol.number, vol.size, self.epoch, self.e.out.disk, busy
         )
         if count:
+            self.last_write_at = self.e.now
             self.epoch.size += count
             self.epoch.active += count
             self.n_active += count
@@ -117,6 +123,7 @@ class Replica:
         seq: int,
     ) -> None:  # fmt: skip
         """One P_DATA, P_TRIM or P_ZEROES, the long way."""
+        self.last_write_at = self.e.now
         epoch = self.epoch
         epoch.size += 1
         epoch.active += 1
@@ -339,13 +346,24 @@ class Replica:
         """Acknowledge, or begin to make stable, the complete epochs at the head."""
         if not self.closed or self.closed[0].active or self.flushing is not None:
             return
-        if self.stall is None and self.e.now < self.next_flush_at and not self.flush_waiting:
+        if self._pauses and not self.flush_waiting:
             return  # `tick` comes back here; looking through all epochs each time would cost more than acks
         if self._flushes:
             self._flush()
         else:
             while self.closed and not self.closed[0].active:
                 self._ack_epoch(self.closed.popleft())
+
+    @property
+    def _pauses(self) -> bool:
+        """Is it too early for a flush that only barrier acks need? Not when it has nothing to do."""
+        return (
+            self.stall is None and self.e.now < self._flush_due()
+            and any(v.stable_version != v.data_version for v in self.e.volumes.values() if v.local)
+        )  # fmt: skip
+
+    def _flush_due(self) -> float:
+        return min(self.next_flush_at, max(self.quiet_flush_at, self.last_write_at + QUIET_S))
 
     def _ripe(self) -> list[PeerEpoch]:
         ripe = []
@@ -365,7 +383,7 @@ class Replica:
         if self.flushing is not None:
             return
         ripe = self._ripe() if self._flushes else []
-        due = ripe and (self.stall is not None or self.e.now >= self.next_flush_at)
+        due = ripe and not self._pauses
         if not self.flush_waiting and not due:
             return
         if self.flush_waiting and self.draining and (self.n_active or self._behind()):
@@ -392,8 +410,7 @@ class Replica:
     def _flush_done(self) -> None:
         requests, self.flushing = self.flushing or [], None
         epochs, self.flushing_epochs = self.flushing_epochs, []
-        took = self.e.now - self.flush_began
-        self.next_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), PAUSE_MAX_S)
+        self._pause(self.e.now - self.flush_began)
         for w in requests:
             vol = self.e.volumes[w.volume]
             failed = vol.number in self.flush_failed or not vol.local
@@ -414,6 +431,13 @@ class Replica:
         if self.flush_waiting:
             self._flush()
         self.epochs_check()
+
+    def _pause(self, took: float) -> None:
+        net = self.e.config.net
+        patience = net.ko_count * net.timeout / 10 * PAUSE_PART if net.ko_count else PAUSE_MAX_S
+        longest = min(PAUSE_MAX_S, patience)
+        self.next_flush_at = self.e.now + longest
+        self.quiet_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), longest)
 
     def _ack_epoch(self, epoch: PeerEpoch) -> None:
         self.stable.append(epoch)
@@ -474,7 +498,7 @@ class Replica:
     def deadline(self) -> float | None:
         """When the paced flush of complete epochs is due."""
         if self.flushing is None and self.closed and not self.closed[0].active:
-            return self.next_flush_at
+            return self._flush_due()
         return None
 
     def tick(self) -> None:

@@ -11,10 +11,11 @@ Source of the rules: drbd_req.c, drbd_main.c (tl_release, tl_clear, tl_restart);
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
+from .epoch import Epoch, PeerFlush
 from .requests import AL_REF, IN_LOG, IN_SYNC, LOCAL, PEER, PEER_OK, Request
 from .units import SECTOR
 from .volume import Volume
@@ -23,34 +24,10 @@ from .wire import DP_FLUSH, DP_SEND_WRITE_ACK, Packet, pack_barrier, pack_block_
 if TYPE_CHECKING:
     from .engine import Engine
 
-LOG_MAX: Final = 150_000  # writes in the transfer log before front ends stop reading: some 40 MB of records
+LOG_MAX: Final = 2_000_000  # writes in the transfer log before front ends stop reading: 16 MB of blocks …
+RECORDS_MAX: Final = 150_000  # … and of those that are kept one by one, which take 40 MB
+SETTLED_BEFORE: Final = 2  # epochs ago nearly all writes have been answered by now; each is looked at once
 BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
-
-
-class Epoch:
-    """The mirrored writes between two P_BARRIER packets."""
-
-    __slots__ = ("barrier", "barrier_sent", "closed", "n_sent", "requests", "since")
-
-    def __init__(self, barrier: int, now: float) -> None:
-        self.barrier = barrier
-        self.requests: list[Request | PeerFlush] = []
-        self.n_sent = 0
-        self.closed = False
-        self.barrier_sent = False
-        self.since = now
-
-
-class PeerFlush:
-    """An empty P_DATA with the flush flag: the peer answers when everything before it is stable there."""
-
-    __slots__ = ("answers", "block_id", "volume", "waiting")
-
-    def __init__(self, volume: Volume, block_id: int, answers: bool) -> None:
-        self.volume = volume
-        self.block_id = block_id
-        self.answers = answers  # the flushes of `Volume.flush_batch` wait for this one
-        self.waiting = PEER
 
 
 class TransferLog:
@@ -62,6 +39,7 @@ class TransferLog:
         self.fences: dict[int, PeerFlush] = {}  # flushes that a read behind a barrier stands for
         self.epochs: deque[Epoch] = deque()
         self.n_requests = 0
+        self.n_settled = 0  # of them, those of which only the blocks are left
         self.barrier_nr = 0
         self.barrier_at: float | None = None
         self.next_id = 1
@@ -77,6 +55,8 @@ class TransferLog:
                 return epoch
             epoch.closed = True
             self.send_barrier(epoch)
+            if len(self.epochs) >= SETTLED_BEFORE and not any(v.gated for v in self.e.volumes.values()):
+                self.n_settled += self.epochs[-SETTLED_BEFORE].settle(self.e.volumes)
         epoch = Epoch(self.barrier_nr, self.e.now)
         self.barrier_nr = (self.barrier_nr + 1) & 0xFFFFFFFF
         self.epochs.append(epoch)
@@ -111,6 +91,11 @@ class TransferLog:
     def when_empty(self, then: Callable[[None], None]) -> None:
         """Call *then* once the peer has confirmed every write as stable, or is lost."""
         if any(epoch.n_sent for epoch in self.epochs):
+            if self.e.link.peer_sends_flushes:  # our own kind puts barrier acks off until it has to flush anyway
+                self.close_epoch()
+                vol = next((vol for vol in self.e.volumes.values() if vol.mirror), None)
+                if vol is not None:
+                    self.send_flush(vol)
             self.close_epoch()
             self._waiters.append(then)
         else:
@@ -132,7 +117,7 @@ class TransferLog:
                 f"barrier ack {barrier} for {set_size} writes, expected {epoch.barrier} for {epoch.n_sent}"
             )
         self.epochs.popleft()
-        self.n_requests -= len(epoch.requests)
+        self._count_out(epoch)
         self.asked_for_flush = False
         volumes, inflight = self.e.volumes, self.inflight
         at, requests = 0, epoch.requests
@@ -152,11 +137,24 @@ class TransferLog:
                 if inflight:
                     inflight.pop(r.block_id, None)  # protocols A and B have no write ack
         epoch.requests = []  # they know their epoch: a circle that only the garbage collector would find
+        self._cool(epoch)
         for vol in volumes.values():
             if vol.al.n_wanted:
                 self.e.mirror.kick_activity_log(vol)
         self._shrank()
         return ""
+
+    def _count_out(self, epoch: Epoch) -> None:
+        """*epoch* is not in the log any more."""
+        self.n_requests -= len(epoch.requests) + epoch.n_settled
+        self.n_settled -= epoch.n_settled
+
+    def _cool(self, epoch: Epoch) -> None:
+        """The settled writes of *epoch* need their extents no longer."""
+        for number, extents in epoch.extents.items():
+            al = self.e.volumes[number].al
+            for extent, n in extents.items():
+                al.put(extent, n)
 
     def take_out(self, r: Request) -> None:
         """The peer refused this write for one of its own: it counts in no epoch, and no barrier ack is for it."""
@@ -167,8 +165,8 @@ class TransferLog:
         r.legs &= ~IN_LOG
         if not epoch.n_sent:  # nor does an epoch without writes get one
             self.epochs.remove(epoch)
-            self.n_requests -= len(epoch.requests)
-            self._carry([other for other in epoch.requests if isinstance(other, Request)])
+            self._count_out(epoch)
+            self._carry([other for other in epoch.requests if isinstance(other, Request)], [epoch])
             self._shrank()
 
     def drop_extents(self, vol: Volume, r: Request) -> None:
@@ -234,7 +232,7 @@ class TransferLog:
         """Forget the peer: whatever it had not confirmed as stable becomes out of sync."""
         epochs, self.epochs = self.epochs, deque()
         self.inflight = {}
-        self.n_requests = 0
+        self.n_requests = self.n_settled = 0
         self.barrier_at = None
         self.asked_for_flush = False
         self.kept = False
@@ -242,7 +240,10 @@ class TransferLog:
         flushes: list[PeerFlush] = list(self.fences.values())
         self.fences = {}
         volumes = self.e.volumes
+        for vol in volumes.values():
+            self._miss_settled(vol, epochs)
         for epoch in epochs:
+            self._cool(epoch)
             for r in epoch.requests:
                 if type(r) is not Request:
                     assert isinstance(r, PeerFlush)
@@ -268,6 +269,10 @@ class TransferLog:
                 self.e.mirror.kick_activity_log(vol)
         self._shrank()
 
+    def _miss_settled(self, vol: Volume, epochs: Iterable[Epoch]) -> None:
+        """The peer may lose, or has lost, the settled writes of *epochs*."""
+        vol.set_ranges_out_of_sync(b"".join(epoch.ranges.get(vol.number, b"") for epoch in epochs))
+
     def n_bits_held(self, vol: Volume) -> int:
         """How many bits may still be set only because our own disk is slower than the sync target's."""
         return sum(
@@ -278,7 +283,7 @@ class TransferLog:
         )
 
     def _unstable(self) -> list[Request]:
-        """The writes that the peer has answered and may yet lose with its memory."""
+        """Of the writes that are kept one by one, those that the peer has answered and may yet lose with its memory."""
         return [
             r
             for epoch in self.epochs
@@ -288,16 +293,18 @@ class TransferLog:
 
     def answered_unstable(self) -> bool:
         """Does the log hold writes that the peer has answered and may yet lose with its memory?"""
-        return bool(self._unstable())
+        return self.n_settled > 0 or bool(self._unstable())
 
     def mark_unstable(self, vol: Volume) -> None:
         """The peer, perhaps without its memory, is to be our source: its copy of these decides."""
+        self._miss_settled(vol, self.epochs)
         for r in self._unstable():
             if r.volume == vol.number:
                 vol.set_out_of_sync(r.offset, r.length)
 
     def mark_out_of_sync(self, vol: Volume) -> None:
         """The peer lost its disk: nothing it holds unflushed counts any more."""
+        self._miss_settled(vol, self.epochs)
         for epoch in self.epochs:
             for r in epoch.requests:
                 if type(r) is Request and r.volume == vol.number:
@@ -319,7 +326,7 @@ class TransferLog:
         self.kept = False
         epochs, self.epochs = self.epochs, deque()
         self.inflight = {}
-        self.n_requests = 0
+        self.n_requests = self.n_settled = 0
         answered: list[Request] = []
         fences, self.fences = self.fences, {}
         for epoch in epochs:
@@ -337,23 +344,29 @@ class TransferLog:
                     answered.append(r)
         for r in self.e.conflicts.take_postponed():
             self.e.mirror.send(self.e.volumes[r.volume], r)
-        self._carry(answered)
+        self._carry(answered, epochs)
         self.close_epoch()
         for fence in fences.values():
             self.send_flush(fence.volume, answers=fence.answers)
         self._shrank()
 
-    def _carry(self, answered: list[Request]) -> None:
-        """Keep writes of an earlier epoch, which the peer has answered, until it acknowledges a barrier."""
-        if not answered:
+    def _carry(self, answered: list[Request], epochs: Iterable[Epoch]) -> None:
+        """Keep *answered* and the settled writes of *epochs*, which are over, until the peer acknowledges a barrier."""
+        settled = [epoch for epoch in epochs if epoch.n_settled]
+        if not answered and not settled:
             return
         epoch = self.epoch_for_write()
         if not epoch.n_sent:
-            self.send_flush(self.e.volumes[answered[0].volume])
+            number = answered[0].volume if answered else next(n for n, ranges in settled[0].ranges.items() if ranges)
+            self.send_flush(self.e.volumes[number])
         for r in answered:
             r.epoch = epoch
         epoch.requests += answered
         self.n_requests += len(answered)
+        for other in settled:
+            epoch.take_settled(other)
+            self.n_requests += other.n_settled
+            self.n_settled += other.n_settled
 
     def tick(self, now: float) -> None:
         if self.barrier_at is not None and now >= self.barrier_at:
@@ -386,10 +399,16 @@ class TransferLog:
     def disk_gone(self, vol: Volume) -> None:
         """The local disk was detached, and its activity log with it."""
         for epoch in self.epochs:
+            epoch.extents.pop(vol.number, None)
             for r in epoch.requests:
                 if type(r) is Request and r.volume == vol.number:
                     r.legs &= ~AL_REF
 
     @property
     def full(self) -> bool:
-        return self.n_requests >= LOG_MAX
+        return self.n_requests >= LOG_MAX or self.n_requests - self.n_settled >= RECORDS_MAX
+
+    @property
+    def half_full(self) -> bool:
+        """Time to ask the peer for a flush, long before front ends have to stop."""
+        return self.n_requests >= LOG_MAX // 2 or self.n_requests - self.n_settled >= RECORDS_MAX // 2

@@ -21,6 +21,7 @@ BITS_PER_AL_EXTENT: Final = AL_EXTENT // BLOCK
 BITS_PER_PAGE: Final = 4096 * 8  # one 4 KiB page of the bitmap covers 128 MiB
 
 IO_MAX: Final = 1 << 20  # largest P_DATA, P_DATA_REPLY, P_RS_DATA_REPLY payload (protocol 100+)
+RANGE_SHIFT: Final = 9  # a write as one number: first block << RANGE_SHIFT | blocks; IO_MAX touches 257 at most
 DISCARD_MAX: Final = 128 << 20  # largest P_TRIM / P_ZEROES range
 DEVICE_SECTORS_MAX: Final = 1 << 41  # 1 PiB, what the reference tools assert
 

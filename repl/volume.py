@@ -11,15 +11,17 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .activity_log import ActivityLog
 from .bitmap import Bitmap
 from .config import NetOptions, VolumeConfig
 from .intervals import Intervals, OrderedIntervals
 from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
 from .pace import BUSY_S
-from .requests import DiskOp, Request
+from .requests import Buffer, DiskOp, Request
 from .states import ConnState, DiskState, Role, State
-from .units import SECTOR
+from .units import RANGE_SHIFT, SECTOR
 from .uuids import UuidSet, md_flags
 
 if TYPE_CHECKING:
@@ -279,6 +281,12 @@ class Volume:
         if not self.bitmap.n_bits or not length:
             return 0
         return self.bitmap.set(offset >> 12, min(((offset + length - 1) >> 12) + 1, self.bitmap.n_bits))
+
+    def set_ranges_out_of_sync(self, ranges: Buffer) -> None:
+        """Mark blocks of many writes, as `batches.settle_epoch` has packed them."""
+        if self.bitmap.n_bits and len(ranges):
+            packed = np.unique(np.frombuffer(ranges, np.uint64))
+            self.bitmap.set_many(packed >> np.uint64(RANGE_SHIFT), packed & np.uint64((1 << RANGE_SHIFT) - 1))
 
     def set_in_sync(self, offset: int, length: int) -> int:
         """Clear the bits of blocks wholly inside the range; returns how many were newly cleared.

@@ -169,6 +169,30 @@ def test_leave_log(story: list[tuple[int, ...]], acked: bool, n_refs: int) -> No
     told(tell)
 
 
+@given(requests, st.sampled_from((0, 1)), st.integers(0, 255))
+@settings(deadline=None)
+def test_settle_epoch(story: list[tuple[int, ...]], volume: int, settled: int) -> None:
+    def tell(twin: ModuleType) -> object:
+        rs: list[Any] = made(story)
+        for i, r in enumerate(rs):  # most of them as `settle_writes` leaves them
+            if settled >> i & 1:
+                r.payload, r.waiting, r.legs = None, 0, BOTH_OK | MIRRORED | IN_LOG | AL_REF
+        ranges, extents = bytearray(b"8 before"), {1: 5}
+        rest = twin.settle_epoch([*rs, "no request"], volume, ranges, extents)
+        return [r if isinstance(r, str) else r.cookie for r in rest], bytes(ranges), extents, image(rs)
+
+    told(tell)
+
+
+def test_settled_writes_are_told_by_their_blocks() -> None:
+    rs = made([(1, 0, 512, 4096, 0, 0, 0, 0), (1, 0, 3 << 20, 1 << 20, 0, 0, 0, 0), (1, 0, 8192, 4096, 0, 0, PEER, 0)])
+    for r in rs:
+        r.payload, r.legs = None, BOTH_OK | MIRRORED | IN_LOG | AL_REF
+    ranges, extents = bytearray(), dict[int, int]()
+    assert TWINS[1].settle_epoch(rs, 0, ranges, extents) == rs[2:]
+    assert struct.unpack("=2Q", ranges) == (0 << 9 | 2, 768 << 9 | 256) and extents == {0: 2}
+
+
 packets = st.lists(
     st.tuples(
         st.sampled_from((P.DATA, P.DATA, P.DATA, P.BARRIER)), st.sampled_from((0, 0, 0, 1)), offsets,

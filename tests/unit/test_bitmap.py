@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,17 @@ class Model(RuleBasedStateMachine):
         wanted = set(range(first, end))
         assert self.bitmap.set(first, end) == len(wanted - self.model)
         self.model |= wanted
+
+    @rule(data=st.data())
+    def set_many(self, data: st.DataObject) -> None:
+        ranges = [self.range_from(data) for _ in range(data.draw(st.integers(0, 5)))]
+        firsts, counts = [first for first, _ in ranges], [end - first for first, end in ranges]
+        beyond = data.draw(st.integers(0, 3))  # a write at the end of a device that has become smaller
+        firsts.append(max(self.bitmap.n_bits - 1, 0))
+        counts.append(1 + beyond)
+        self.bitmap.set_many(np.array(firsts, np.uint64), np.array(counts, np.uint64))
+        for first, count in zip(firsts, counts, strict=True):
+            self.model |= set(range(first, min(first + count, self.bitmap.n_bits)))
 
     @rule(data=st.data())
     def clear(self, data: st.DataObject) -> None:

@@ -346,8 +346,10 @@ def test_demotion_waits_until_the_peer_has_everything_stably() -> None:
     lone.meta(lone.ack(r))
     ticket = lone.command("secondary")
     lone.settle()
-    assert lone.answered(ticket) is None and lone.sent(P.BARRIER) == [P.BARRIER]
+    assert lone.answered(ticket) is None and lone.sent(P.BARRIER) == [P.BARRIER] * 2, "the write, and a flush"
     lone.meta(pack_barrier_ack(0, 1))
+    assert lone.answered(ticket) is None
+    lone.meta(pack_barrier_ack(1, 1))
     lone.settle()
     assert lone.answered(ticket) == "done" and lone.state.role == Role.SECONDARY
 
@@ -514,10 +516,10 @@ def test_a_demotion_that_waits_for_the_peer_outlives_a_replay_with_nothing_to_se
     lone = Lone().ready()
     lone.submit(Op.FLUSH)
     lone.settle()
-    _, block_id, _, _ = unpack_data(lone.payloads(P.DATA)[-1])
-    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, block_id, 0, 1))
     ticket = lone.command("secondary")
     assert lone.answered(ticket) is None
+    for i in range(2):  # the application's flush, and that of the demotion
+        lone.meta(pack_ack(P.WRITE_ACK, 0, 0, unpack_data(lone.payloads(P.DATA)[i])[1], 0, 1))
     assert lone.run("suspend-io") == "done"
     lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
     lone.connect()

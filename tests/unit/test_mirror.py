@@ -327,17 +327,21 @@ def test_a_replayed_log_keeps_what_was_acked_but_not_stable() -> None:
 
 def test_a_frozen_sync_target_takes_what_was_not_stable_from_its_source() -> None:
     """The source may have lost power meanwhile: what it acked without a flush must not count as in sync."""
-    lone = Lone(options={"on_no_data_accessible": "suspend-io"}).target((10, 12), role=Role.SECONDARY)
+    lone = Lone(options={"on_no_data_accessible": "suspend-io"}, net={"max_epoch_size": 1})
+    lone.target((10, 12), role=Role.SECONDARY)
     lone.primary()
-    r = lone.submit(Op.WRITE, 3 * 4096)
-    lone.settle()
-    lone.meta(lone.ack(r))
-    assert r in lone.done and not lone.vol.bitmap.any(3, 4)
+    for block in (3, 5, 7):
+        r = lone.submit(Op.WRITE, block * 4096)
+        lone.settle()
+        lone.meta(lone.ack(r))
+        assert r in lone.done and not lone.vol.bitmap.any(3, 8)
+    assert lone.engine.log.n_settled == 1
     lose(lone)
-    assert lone.state.susp_nod and not lone.vol.bitmap.any(3, 4), "the log is kept"
+    assert lone.state.susp_nod and not lone.vol.bitmap.any(3, 8), "the log is kept"
     u = lone.vol.uuids
     lone.connect(uuids=(0x20, u.current & ~1, 0x10, 0), bits=2)
-    assert lone.conn() == ConnState.WF_BITMAP_T and lone.vol.bitmap.any(3, 4)
+    assert lone.conn() == ConnState.WF_BITMAP_T
+    assert [bit for bit in range(3, 8) if lone.vol.bitmap.any(bit, bit + 1)] == [3, 5, 7]
 
 
 def test_after_the_replay_a_barrier_ack_settles_the_whole_log() -> None:
@@ -393,21 +397,41 @@ def test_front_ends_pause_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None
     assert not lone.engine.congested
     m.n_app += 1
     assert lone.engine.congested
-    m.n_app, log.n_requests = 0, transfer_log.LOG_MAX - 1
+    m.n_app, log.n_requests = 0, transfer_log.RECORDS_MAX - 1
     assert not lone.engine.congested
     log.n_requests += 1
+    assert lone.engine.congested
+    log.n_settled, log.n_requests = transfer_log.LOG_MAX - 1, transfer_log.LOG_MAX - 1
+    assert not lone.engine.congested, "only their blocks are kept"
+    log.n_requests += 1
+    log.n_settled += 1
     assert lone.engine.congested
 
 
 def test_a_long_log_asks_the_peer_to_flush_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_log, "LOG_MAX", 4)
-    monkeypatch.setattr(mirror, "LOG_MAX", 4)
+    monkeypatch.setattr(transfer_log, "RECORDS_MAX", 4)
     lone = Lone().ready()
     for i in range(6):
         lone.submit(Op.WRITE, i * 8192)
         lone.settle()
     flushes = [p for p in lone.payloads(P.DATA) if len(p) == 24]
     assert len(flushes) == 1 and lone.engine.congested
+
+
+def test_whoever_waits_for_an_empty_log_has_the_peer_flush_at_once() -> None:
+    lone = Lone().ready()
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(lone.ack(r))
+    heard: list[None] = []
+    lone.engine.log.when_empty(heard.append)
+    lone.take()
+    assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.BARRIER, P.DATA, P.BARRIER]
+    (flush,) = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
+    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flush[1], 0, 1), pack_barrier_ack(0, 1))
+    assert not heard
+    lone.meta(pack_barrier_ack(1, 1))
+    assert heard == [None]
 
 
 def test_a_log_that_is_full_frees_extents_by_a_flush() -> None:

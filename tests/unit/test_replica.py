@@ -248,25 +248,68 @@ def test_flushes_of_epochs_are_paced_and_shared() -> None:
     lone.data(write(2), pack_barrier(1), write(3), pack_barrier(2))
     lone.settle()
     assert barrier_acks(lone) == [(0, 1)], "the last flush was a moment ago"
-    lone.at(lone.now + replica.PAUSE_MIN_S)
+    assert lone.engine.deadline() == lone.now + replica.QUIET_S
+    lone.at(lone.now + replica.QUIET_S)
     assert len(flushes(lone)) == 1
     lone.settle()
     assert barrier_acks(lone) == [(0, 1), (1, 1), (2, 1)]
 
 
-def test_the_pause_grows_with_the_flush_but_has_a_limit() -> None:
+def test_a_flush_that_took_long_is_not_repeated_soon() -> None:
     lone = Lone().as_secondary()
     lone.data(write(1), pack_barrier(0))
     lone.answer()
     lone.now += 0.05
     lone.answer()
-    assert lone.engine.replica.next_flush_at == pytest.approx(lone.now + 0.05 * replica.PAUSE_FACTOR)
+    ended = lone.now
     lone.data(write(2), pack_barrier(1))
     lone.answer()
-    lone.at(lone.engine.replica.next_flush_at)
+    lone.at(ended + 0.05 * replica.PAUSE_FACTOR - 0.001)
+    assert not flushes(lone)
+    lone.at(ended + 0.05 * replica.PAUSE_FACTOR)
+    assert len(flushes(lone)) == 1
     lone.now += 30
     lone.answer()
-    assert lone.engine.replica.next_flush_at == pytest.approx(lone.now + replica.PAUSE_MAX_S)
+    ended = lone.now
+    lone.data(write(3), pack_barrier(2))
+    lone.answer()
+    lone.at(ended + replica.PAUSE_MAX_S)
+    assert len(flushes(lone)) == 1
+
+
+@pytest.mark.parametrize(
+    ("net", "pause"),
+    [({}, replica.PAUSE_MAX_S), ({"ko_count": 0}, replica.PAUSE_MAX_S), ({"ko_count": 1, "timeout": 20}, 0.5)],
+)
+def test_while_the_peer_writes_barrier_acks_wait_but_not_for_longer_than_it_does(
+    net: dict[str, int], pause: float
+) -> None:
+    lone = Lone(net=net).as_secondary()
+    lone.data(write(1), pack_barrier(0))
+    lone.settle()
+    ended, n = lone.now, 0
+    while not flushes(lone):
+        n += 1
+        lone.data(write(n & 255), pack_barrier(n))
+        lone.answer(*(op for op in lone.disk if op.op == Op.WRITE))
+        lone.at(lone.now + replica.QUIET_S / 2)
+    assert lone.now - ended == pytest.approx(pause, abs=replica.QUIET_S)
+    lone.settle()
+    assert len(barrier_acks(lone)) == n + 1
+
+
+def test_what_a_flush_has_covered_needs_no_other_for_its_barrier_ack() -> None:
+    lone = Lone().as_secondary()
+    lone.data(write(1), pack_barrier(0))
+    lone.settle()
+    lone.data(write(2))
+    lone.settle()
+    lone.data(flush())
+    lone.settle()
+    lone.data(pack_barrier(1))
+    assert not flushes(lone)
+    lone.settle()
+    assert barrier_acks(lone) == [(0, 1), (1, 2)]
 
 
 def test_a_flush_of_the_peer_is_answered_by_the_next_flush_of_the_disk() -> None:

@@ -1,0 +1,103 @@
+"""Epochs of the transfer log: of writes that both nodes have answered, only the blocks are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tandem.repl.config import Fencing
+from tandem.repl.events import LinkLost
+from tandem.repl.requests import Op, Request
+from tandem.repl.states import DiskState
+from tandem.repl.wire import Packet, pack_barrier_ack, pack_state, unpack_barrier
+
+from tests.scenarios.lone import PEER_SECONDARY, Lone
+
+P = Packet
+
+
+def lose(lone: Lone) -> None:
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+
+
+def barriers(lone: Lone) -> list[int]:
+    return [unpack_barrier(p) for p in lone.payloads(P.BARRIER)]
+
+
+def settled_log(**how: Any) -> tuple[Lone, list[Request]]:
+    """Six writes of two blocks, all answered, in epochs of two; of the first two epochs only the blocks are left."""
+    lone = Lone(net={"max_epoch_size": 2}, **how).ready()
+    written = []
+    for i in range(6):
+        written.append(lone.submit(Op.WRITE, i * 3 * 8192, 8192))
+        lone.settle()
+        lone.meta(lone.ack(written[-1]))
+    assert [(e.n_sent, len(e.requests)) for e in lone.engine.log.epochs] == [(2, 0), (2, 2), (2, 2)]
+    written.append(lone.submit(Op.WRITE, 6 * 3 * 8192, 8192))
+    assert [(e.n_sent, len(e.requests)) for e in lone.engine.log.epochs] == [(2, 0), (2, 0), (2, 2), (1, 1)]
+    assert lone.engine.log.n_requests == 7 and lone.engine.log.n_settled == 4
+    assert lone.vol.al.refs == {0: 7}
+    return lone, written
+
+
+def test_settled_writes_leave_the_log_with_their_barrier_ack() -> None:
+    lone, written = settled_log()
+    lone.meta(pack_barrier_ack(0, 2))
+    assert lone.engine.log.n_requests == 5 and lone.engine.log.n_settled == 2 and lone.vol.al.refs == {0: 5}
+    lone.meta(pack_barrier_ack(1, 2), pack_barrier_ack(2, 2))
+    lone.settle()
+    lone.meta(lone.ack(written[-1]))
+    lone.at(lone.now + 1)
+    lone.meta(pack_barrier_ack(3, 1))
+    log = lone.engine.log
+    assert not log.epochs and log.n_requests == log.n_settled == 0 and lone.vol.al.refs == {0: 0}
+
+
+@pytest.mark.parametrize("how", ["link", "disk"])
+def test_settled_writes_that_the_peer_may_have_lost_are_out_of_sync(how: str) -> None:
+    lone, _ = settled_log()
+    lone.meta(pack_barrier_ack(0, 2))
+    lone.settle()
+    if how == "link":
+        lose(lone)
+        assert lone.engine.log.n_requests == lone.engine.log.n_settled == 0 and lone.vol.al.refs == {0: 0}
+    else:
+        lone.data(pack_state(replace(PEER_SECONDARY, disk=DiskState.DISKLESS).word(), 0))
+    expected = {6 * i + k for i in range(2, 7) for k in range(2)}
+    assert {bit for bit in range(60) if lone.vol.bitmap.any(bit, bit + 1)} == expected
+
+
+def test_settled_writes_stay_in_a_frozen_log_until_the_next_barrier_ack() -> None:
+    lone, written = settled_log(disk={"fencing": Fencing.RESOURCE_AND_STONITH}, handlers=("fence-peer",))
+    lone.settle()
+    lose(lone)
+    assert lone.vol.bitmap.weight == 0 and lone.engine.log.answered_unstable()
+    lone.packets.clear()
+    lone.connect()
+    log = lone.engine.log
+    assert log.n_settled == 4 and log.n_requests == 7 and len(log.epochs) == 1 and lone.vol.al.refs == {0: 7}
+    lone.meta(lone.ack(written[-1]), pack_barrier_ack(barriers(lone)[-1], 1))
+    assert log.n_requests == log.n_settled == 0 and lone.vol.al.refs == {0: 0}
+    assert written[-1] in lone.done and lone.vol.bitmap.weight == 0
+
+
+def test_settled_writes_of_a_detached_disk_hold_no_extents() -> None:
+    lone, _ = settled_log()
+    lone.settle()
+    lone.run("detach", force=True)
+    assert lone.local_disk() == DiskState.DISKLESS
+    lone.meta(*(pack_barrier_ack(i, 2) for i in range(3)))
+    assert not any(lone.vol.al.refs.values())
+
+
+def test_a_write_whose_answer_is_held_is_kept_as_it_is() -> None:
+    """Should the new generation not reach the disk, it has to be told from those the peer has."""
+    lone = Lone(net={"max_epoch_size": 1}).ready()
+    lone.vol.completion_gates = 1
+    for i in range(4):
+        r = lone.submit(Op.WRITE, i * 8192)
+        lone.settle()
+        lone.meta(lone.ack(r))
+    assert lone.done == [] and all(len(e.requests) == 1 for e in lone.engine.log.epochs)
