@@ -132,7 +132,7 @@ def draw(chooser: Chooser) -> Mix:
         ),
         rr_conflict=("disconnect", "disconnect", "call-pri-lost", "violently")[chooser.choose(4)],
         two_primaries=rarely(5),
-        max_epoch_size=(2048, 2048, 3)[chooser.choose(3)],
+        max_epoch_size=(2048, 1, 2)[chooser.choose(3)],
         c_plan_ahead=0 if rarely(4) else 20,
         queue_depth=(1, 4, 16)[chooser.choose(3)],
         n_spots=(1, 4, 12)[chooser.choose(3)],

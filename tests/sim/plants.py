@@ -189,6 +189,10 @@ def _bits_not_set_on_loss(mp: Patch) -> None:
     mp.setattr(TransferLog, "connection_lost", lost)
 
 
+def _settled_writes_forgotten(mp: Patch) -> None:
+    mp.setattr(TransferLog, "_miss_settled", lambda self, vol, epochs: None)
+
+
 def _no_new_generation(mp: Patch) -> None:
     mp.setattr(uuids.UuidSet, "new_current", lambda self, random64, primary: self)
 
@@ -227,6 +231,11 @@ def _failing_disks(mix: Mix) -> Mix:
 def _power_cuts(mix: Mix) -> Mix:
     """Power fails on small devices that are written much."""
     return replace(mix, power_cut=0.1, reboot=4, eio=0.0, client=15, size=2 * MIB, fresh=False)
+
+
+def _power_cuts_behind_short_epochs(mix: Mix) -> Mix:
+    """A peer without power loses writes of which the log has only the blocks left."""
+    return replace(_power_cuts(mix), max_epoch_size=1, n_spots=12, flushes=0.1, protocol="C")
 
 
 def _process_crashes(mix: Mix) -> Mix:
@@ -561,6 +570,12 @@ PLANTS = (
     Plant("superseded early", "a write that lost is answered too soon", _superseded_early, _two_write_at_once),
     Plant("demotion at once", "requests outlive the role", _demotion_at_once, _ends_sessions),
     Plant("needless generation", "a Secondary begins one", _secondary_begins_a_generation, _careful_without_fencing),
+    Plant(
+        "settled forgotten",
+        "answered writes are not marked",
+        _settled_writes_forgotten,
+        _power_cuts_behind_short_epochs,
+    ),
     Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, _two_write_at_once),
 )
 
