@@ -9,10 +9,13 @@ with the flush that a barrier ack costs it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from .compiled import batches
 from .requests import PEER, Request
 from .volume import Volume
+
+SETTLE_EVERY: Final = 256  # writes: records of so few are still in the processor's cache, and are used again from there
 
 
 class PeerFlush:
@@ -34,7 +37,8 @@ class Epoch:
     many references they hold on each extent of its activity log.
     """
 
-    __slots__ = ("barrier", "barrier_sent", "closed", "extents", "n_sent", "n_settled", "ranges", "requests", "since")
+    __slots__ = ("barrier", "barrier_sent", "closed", "extents", "n_sent", "n_settled", "ranges", "requests",
+                 "settle_at", "since")  # fmt: skip
 
     def __init__(self, barrier: int, now: float) -> None:
         self.barrier = barrier
@@ -44,6 +48,7 @@ class Epoch:
         self.barrier_sent = False
         self.since = now
         self.n_settled = 0
+        self.settle_at = SETTLE_EVERY  # requests
         self.ranges: dict[int, bytearray] = {}
         self.extents: dict[int, dict[int, int]] = {}
 

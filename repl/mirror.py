@@ -116,6 +116,8 @@ class Mirror:
             epoch.requests += now
             epoch.n_sent += n
             log.n_requests += n
+            if len(epoch.requests) >= epoch.settle_at:
+                log.settle(epoch)
 
     def enter(self, vol: Volume, r: Request) -> None:
         """One request, the long way: wait for what it must wait for, then start it."""

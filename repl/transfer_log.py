@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
-from .epoch import Epoch, PeerFlush
+from .epoch import SETTLE_EVERY, Epoch, PeerFlush
 from .requests import AL_REF, IN_LOG, IN_SYNC, LOCAL, PEER, PEER_OK, Request
 from .units import SECTOR
 from .volume import Volume
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOG_MAX: Final = 2_000_000  # writes in the transfer log before front ends stop reading: 16 MB of blocks …
 RECORDS_MAX: Final = 150_000  # … and of those that are kept one by one, which take 40 MB
-SETTLED_BEFORE: Final = 2  # epochs ago nearly all writes have been answered by now; each is looked at once
+SETTLED_BEFORE: Final = 2  # epochs ago nearly all writes have been answered by now; each is looked at once more
 BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
 
 
@@ -55,12 +55,18 @@ class TransferLog:
                 return epoch
             epoch.closed = True
             self.send_barrier(epoch)
-            if len(self.epochs) >= SETTLED_BEFORE and not any(v.gated for v in self.e.volumes.values()):
-                self.n_settled += self.epochs[-SETTLED_BEFORE].settle(self.e.volumes)
+            if len(self.epochs) >= SETTLED_BEFORE:
+                self.settle(self.epochs[-SETTLED_BEFORE])
         epoch = Epoch(self.barrier_nr, self.e.now)
         self.barrier_nr = (self.barrier_nr + 1) & 0xFFFFFFFF
         self.epochs.append(epoch)
         return epoch
+
+    def settle(self, epoch: Epoch) -> None:
+        """Let go of the requests of *epoch* that both nodes have answered, unless some of their answers may be held."""
+        if not any(vol.gated for vol in self.e.volumes.values()):
+            self.n_settled += epoch.settle(self.e.volumes)
+        epoch.settle_at = len(epoch.requests) + SETTLE_EVERY
 
     def send_barrier(self, epoch: Epoch) -> None:
         if not epoch.barrier_sent and epoch.n_sent:

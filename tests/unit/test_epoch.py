@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tandem.repl.config import Fencing
+from tandem.repl.epoch import SETTLE_EVERY
 from tandem.repl.events import LinkLost
 from tandem.repl.requests import Op, Request
 from tandem.repl.states import DiskState
@@ -40,6 +41,22 @@ def settled_log(**how: Any) -> tuple[Lone, list[Request]]:
     assert lone.engine.log.n_requests == 7 and lone.engine.log.n_settled == 4
     assert lone.vol.al.refs == {0: 7}
     return lone, written
+
+
+def test_a_long_epoch_keeps_only_what_is_on_its_way_and_some_more() -> None:
+    lone = Lone().ready()
+    (epoch,) = lone.engine.log.epochs or [lone.engine.log.epoch_for_write()]
+    waiting: list[Request] = []
+    for i in range(3 * SETTLE_EVERY):
+        waiting.append(lone.submit(Op.WRITE, i * 4096))
+        lone.settle()
+        if len(waiting) == 8:
+            lone.meta(lone.ack(waiting.pop(0)))
+        assert len(epoch.requests) <= SETTLE_EVERY + 8
+    assert epoch.n_settled + len(epoch.requests) == epoch.n_sent == 3 * SETTLE_EVERY
+    assert epoch.requests[-7:] == waiting, "in the order they were sent"
+    lose(lone)
+    assert lone.vol.bitmap.weight == 3 * SETTLE_EVERY
 
 
 def test_settled_writes_leave_the_log_with_their_barrier_ack() -> None:
