@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from tandem.repl.requests import Buffer, Op, Request
+from tandem.repl.units import IO_MAX
 
 from .codec import (
     BASE_ALLOCATION_ID,
@@ -36,6 +37,8 @@ from .compiled import batches
 _READ: Final = int(Op.READ)
 _DATA: Final = int(Chunk.OFFSET_DATA)
 _NONE: Final = int(Chunk.NONE)
+_MORE: Final = 0  # the flags of a chunk that is not the last of its reply
+_ZEROES: Final = bytes(IO_MAX)
 
 Extents = Sequence[tuple[int, int]]
 
@@ -55,6 +58,15 @@ class Replies(Protocol):
     def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
         """The reply to a READ that was carried out in *parts*, in order."""
 
+    def begin(self, cookie: int, offset: int, length: int) -> list[Buffer]:
+        """The reply to a READ that is sent as it comes, up to its data."""
+
+    def end(self, cookie: int, offset: int) -> list[Buffer]:
+        """What follows the data after `begin`."""
+
+    def break_off(self, cookie: int, offset: int, left: int, error: int, text: str) -> list[Buffer] | None:
+        """What follows `begin` and the data when *left* bytes cannot be had; None: nothing may follow but the end."""
+
     def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
         """The reply to BLOCK_STATUS: the (length, flags) extents of base:allocation."""
 
@@ -62,6 +74,11 @@ class Replies(Protocol):
 def _payloads(parts: list[Request]) -> list[Buffer]:
     payloads = [part.payload for part in parts]
     return [payload for payload in payloads if payload is not None]
+
+
+def _padding(length: int) -> list[Buffer]:
+    zeroes = memoryview(_ZEROES)
+    return [zeroes[: length - at] for at in range(0, length, IO_MAX)]
 
 
 def _answer_all(replies: Replies, batch: list[Request], structured: bool) -> tuple[list[Buffer], int]:
@@ -91,6 +108,15 @@ class SimpleReplies:
     def data(self, cookie: int, offset: int, parts: list[Request]) -> list[Buffer]:
         return [*self.success(cookie, offset), *_payloads(parts)]
 
+    def begin(self, cookie: int, offset: int, length: int) -> list[Buffer]:
+        return self.success(cookie, offset)
+
+    def end(self, cookie: int, offset: int) -> list[Buffer]:
+        return []
+
+    def break_off(self, cookie: int, offset: int, left: int, error: int, text: str) -> list[Buffer] | None:
+        return None  # success was promised: the protocol wants the connection closed
+
     def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
         raise AssertionError("block status was accepted without structured replies")
 
@@ -114,6 +140,15 @@ class StructuredReplies:
         length = 8 + sum(part.length for part in parts)
         head = DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, length, offset)
         return [head, *_payloads(parts)]
+
+    def begin(self, cookie: int, offset: int, length: int) -> list[Buffer]:
+        return [DATA_CHUNK.pack(STRUCTURED_REPLY_MAGIC, _MORE, _DATA, cookie, 8 + length, offset)]
+
+    def end(self, cookie: int, offset: int) -> list[Buffer]:
+        return self.success(cookie, offset)
+
+    def break_off(self, cookie: int, offset: int, left: int, error: int, text: str) -> list[Buffer] | None:
+        return [*_padding(left), *self.error(cookie, offset, error, text)]
 
     def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
         data = U32.pack(BASE_ALLOCATION_ID) + b"".join(EXTENT.pack(*extent) for extent in extents)
@@ -163,6 +198,15 @@ class ExtendedReplies:
             EXTENDED_REPLY_MAGIC, CHUNK_DONE, _DATA, cookie, offset, length, offset
         )
         return [head, *_payloads(parts)]
+
+    def begin(self, cookie: int, offset: int, length: int) -> list[Buffer]:
+        return [EXTENDED_DATA_CHUNK.pack(EXTENDED_REPLY_MAGIC, _MORE, _DATA, cookie, offset, 8 + length, offset)]
+
+    def end(self, cookie: int, offset: int) -> list[Buffer]:
+        return self.success(cookie, offset)
+
+    def break_off(self, cookie: int, offset: int, left: int, error: int, text: str) -> list[Buffer] | None:
+        return [*_padding(left), *self.error(cookie, offset, error, text)]
 
     def status(self, cookie: int, offset: int, extents: Extents) -> list[Buffer]:
         data = EXTENDED_STATUS.pack(BASE_ALLOCATION_ID, len(extents))

@@ -21,6 +21,7 @@ from tandem.repl.edge.stream import Receiver, Sender, prepare
 from tandem.repl.edge.volume import Volume
 from tandem.repl.requests import Buffer, Request
 
+from .budget import Budget
 from .codec import ClientError
 from .listener import Listener, ServerError
 from .negotiation import Negotiation, State, Terms
@@ -59,13 +60,15 @@ class Server:
     """Exports volumes over NBD on any number of TCP and Unix sockets.
 
     *exports* is asked anew for every client, so volumes may come and go; the first is the default export.
-    *log* gets one sentence per event worth one. All methods are to be called in the loop's thread.
+    *log* gets one sentence per event worth one. Servers of one process share a *budget*. All
+    methods are to be called in the loop's thread.
     """
 
     def __init__(
         self, exports: Exported, *,
         log: Callable[[str], None] = _silent,
         gate: Gate | None = None,
+        budget: Budget | None = None,
         sessions_max: int | None = None,
         negotiation_s: float = NEGOTIATION_S,
     ) -> None:  # fmt: skip
@@ -77,6 +80,7 @@ class Server:
         self.negotiation_s = negotiation_s
         self.log = log
         self.gate = gate or Gate()
+        self.budget = budget or Budget()
         self.sessions: set[Session] = set()
 
     async def start(
@@ -204,7 +208,7 @@ class Session:
         self._transmission: Transmission | None = None
         self._receiver = Receiver(sock, self._consume, self._need, chunk_max=CHUNK_MAX)
         self._sender = Sender(
-            loop, sock, self._send_failed, on_high=self._review, on_low=self._sendable, on_empty=self._review
+            loop, sock, self._send_failed, on_high=self._review, on_low=self._sendable, on_empty=self._sendable
         )
         self._queries: deque[StatusQuery] = deque()
         self._status_task: asyncio.Task[None] | None = None
@@ -300,7 +304,7 @@ class Session:
         self.volume = terms.volume
         self.writable = terms.writable
         self._transmission = Transmission(
-            self, terms.volume.number, terms.volume.size,
+            self, terms.volume.number, terms.volume.size, self._server.budget,
             writable=terms.writable, structured=terms.structured, extended=terms.extended,
             allocation=terms.allocation,
         )  # fmt: skip
@@ -316,8 +320,11 @@ class Session:
         self._sender.send(buffers)
 
     @property
-    def congested(self) -> bool:
-        return self._sender.congested
+    def unsent(self) -> int:
+        return self._sender.backlog
+
+    def broken_off(self, why: str) -> None:
+        self._stop_reading(why)
 
     def settled(self) -> None:
         if not self._within and not self._reading:  # a session that reads has nothing to gain by answers
@@ -325,7 +332,11 @@ class Session:
 
     def ask_status(self, query: StatusQuery) -> None:
         self._queries.append(query)
-        if self._status_task is None:
+        self._ask()
+
+    def _ask(self) -> None:
+        """Have the queries answered, unless too much is unsent; they may have far longer answers than requests."""
+        if self._queries and self._status_task is None and (self._closed or not self._sender.congested):
             self._status_task = self._loop.create_task(self._answer_queries())
             self._status_task.add_done_callback(self._status_ended)
 
@@ -333,16 +344,15 @@ class Session:
         """Answer one BLOCK_STATUS after the other; only they need a task, because they wait for a disk."""
         transmission, volume = self._transmission, self.volume
         assert transmission is not None and volume is not None
-        while self._queries:
+        while self._queries and (self._closed or not self._sender.congested):
             query = self._queries.popleft()
             extents: list[tuple[int, int]] = []
             if not self._closed:
                 # Where a disk cannot tell, "allocated, not known to be zero" is always a true answer.
                 with contextlib.suppress(OSError):
                     extents = await volume.allocation(query.offset, query.length, query.max_extents)
-            if not self._queries:
-                self._status_task = None
             transmission.status_known(query, extents)
+        self._status_task = None
 
     def _status_ended(self, task: asyncio.Task[None]) -> None:
         """Show a mistake of ours where the mistakes of other callbacks are shown: nobody awaits the task."""
@@ -388,9 +398,10 @@ class Session:
                 self._loop.remove_reader(self._sock)
 
     def _sendable(self) -> None:
-        """The client has read most of its answers."""
+        """The client has read most of its answers, or all."""
         if self._transmission is not None:
             self._transmission.refill()
+            self._ask()
         self._review()
 
     def _resumed(self) -> None:
@@ -427,6 +438,7 @@ class Session:
             self._server.log(f"{self.peer} left the negotiation: {self._ending}")
         if self._transmission is not None:
             self._transmission.abandon()
+            self._ask()
         self._review()
 
     def _release(self) -> None:

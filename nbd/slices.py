@@ -19,12 +19,13 @@ PIECES_MAX: Final = 4  # of one trim or zeroes in the machine at a time: 512 MiB
 class Sliced:
     """One client request, carried out piece by piece.
 
-    ``parts`` are the pieces of a READ in order, kept for the reply. ``error`` is the first errno any piece
-    came back with; no further piece is made then. ``done`` hears of every batch of pieces that came back.
+    ``parts`` are the pieces of a READ in order, kept for the reply; a ``streamed`` one keeps none, its data is
+    sent as it comes. ``error`` is the first errno any piece came back with; no further piece is made then.
+    ``done`` hears of every batch of pieces that came back.
     """
 
-    __slots__ = ("_done", "_todo", "advancing", "cookie", "error", "exhausted", "flags", "length", "n_out",
-                 "offset", "op", "parts", "volume")  # fmt: skip
+    __slots__ = ("_done", "_ready", "_todo", "advancing", "cookie", "error", "exhausted", "flags", "length", "n_out",
+                 "n_sent", "offset", "op", "parts", "room", "streamed", "volume")  # fmt: skip
 
     def __init__(
         self, done: Callable[[Sliced, list[Request]], None], cookie: int, op: int, volume: int,
@@ -43,6 +44,10 @@ class Sliced:
         self.n_out = 0  # pieces made and not back yet
         self.exhausted = False  # no further piece will be made
         self.advancing = False  # pieces are being submitted further up the stack
+        self.room = 0  # bytes of the session's room that a READ takes for what is not sent of it
+        self.streamed = False
+        self.n_sent = 0  # bytes of the data of a streamed READ that were handed over to be sent
+        self._ready: dict[int, Request] = {}  # by offset: its pieces that came back before those in front of them
 
     def next_piece(self, payload: Buffer | None = None) -> Request | None:
         """The next piece, or None when there is no more (or no more point)."""
@@ -53,9 +58,23 @@ class Sliced:
             self.exhausted = True
         request = Request(self, self.cookie, self.op, self.volume, offset, length, payload, self.flags)
         self.n_out += 1
-        if self.op == Op.READ:
+        if self.op == Op.READ and not self.streamed:
             self.parts.append(request)
         return request
+
+    def take_ready(self, batch: list[Request]) -> list[Buffer]:
+        """The data of a streamed READ that can be sent now that *batch* is back."""
+        self._ready.update((piece.offset, piece) for piece in batch if not piece.error)
+        data: list[Buffer] = []
+        while (piece := self._ready.pop(self.offset + self.n_sent, None)) is not None:
+            data.append(piece.payload)  # type: ignore[arg-type]  # a READ without error has one
+            self.n_sent += piece.length
+        return data
+
+    @property
+    def begun(self) -> bool:
+        """Whether a READ was let into the machine."""
+        return self.streamed or self.room > 0
 
     @property
     def complete(self) -> bool:

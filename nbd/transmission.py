@@ -6,6 +6,10 @@ list of buffers, sent once. The usual request (a read or write in one piece) is 
 table and a few comparisons; everything else goes through `_unusual`, which is the specification. Requests
 that enter the machine in several pieces are in `slices`.
 
+What is in the machine or unsent takes room, of which a session has little and borrows more (`budget`). The
+answer to a long read is put together where there is room for it, because only then can it still become an error
+in every style, and others may be sent meanwhile; where there is none, it is sent as it comes.
+
 Pure: the connection is a `Port`. Relies on the volume to answer every Request exactly once.
 """
 
@@ -20,6 +24,7 @@ from typing import Final, Protocol
 from tandem.repl.requests import FUA, MAY_UNMAP, Buffer, Op, Request
 from tandem.repl.units import IO_MAX
 
+from .budget import ROOM_MIN, Budget
 from .codec import (
     BLOCK_MIN,
     EXTENDED_REQUEST,
@@ -38,7 +43,7 @@ from .compiled import batches
 from .replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from .slices import PIECES_MAX, Incoming, Sliced
 
-INFLIGHT_BYTES_MAX: Final = 16 << 20  # of one session in the machine; 10 GbE carries 12 MB in 10 ms
+READ_PIECES_MAX: Final = 16  # of one long read in the machine at a time
 REQUESTS_MAX: Final = 2048  # of one session unanswered; the Linux client has at most 128
 DISCARD_MAX: Final = 64 << 20  # a longer payload of a refused write is not worth reading
 
@@ -82,8 +87,11 @@ class Port(Protocol):
         """Find out what is allocated; `Transmission.status_known` wants the answer."""
 
     @property
-    def congested(self) -> bool:
-        """Whether too many answers are unsent; when they are gone, `Transmission.refill` is to be called."""
+    def unsent(self) -> int:
+        """Bytes of answers not sent yet; when most of them or all are gone, `Transmission.refill` is to be called."""
+
+    def broken_off(self, why: str) -> None:
+        """The connection is of no further use: an answer that had begun cannot be completed."""
 
     def settled(self) -> None:
         """Answers were handed over outside `consume`: ``busy`` and ``n_open`` may have fallen."""
@@ -98,7 +106,7 @@ class Transmission:
     """
 
     def __init__(
-        self, port: Port, volume: int, size: int, *,
+        self, port: Port, volume: int, size: int, budget: Budget, *,
         writable: bool = True, structured: bool = False, extended: bool = False, allocation: bool = False,
     ) -> None:  # fmt: skip
         self._port = port
@@ -111,8 +119,14 @@ class Transmission:
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._usual = self._usual_heads()
         self._incoming: Incoming | None = None  # the write whose payload is arriving
-        self._room = INFLIGHT_BYTES_MAX  # bytes of READ and WRITE that may still enter the machine
-        self._held: deque[Request | Sliced] = deque()  # reads that wait for room
+        self._budget = budget
+        self._lent = 0  # bytes of its budget
+        self._room = ROOM_MIN  # and what is lent, less the bytes of READ and WRITE in the machine
+        self._held: deque[Request | Sliced] = deque()  # reads that wait for room; only the first is Sliced
+        self._n_long = 0  # long reads that were begun and are not answered
+        self._stream: Sliced | None = None  # the one whose answer is sent as it comes
+        self._later: list[Buffer] = []  # answers that wait for the end of the stream
+        self._n_later = 0  # their bytes
         self._answers: list[Buffer] = []  # replies made while parsing
         self._within = False  # consume or refill is further up the stack and will see to the rest
         self._gone = False  # the client is not there any more: answers have nowhere to go
@@ -140,7 +154,7 @@ class Transmission:
 
     @property
     def busy(self) -> bool:
-        return self._room <= 0 or bool(self._held) or self.n_open >= REQUESTS_MAX
+        return self._room <= self._unsent or bool(self._held) or self.n_open >= REQUESTS_MAX
 
     def close(self) -> None:
         """Read no more; what was read is still carried out and answered."""
@@ -166,6 +180,10 @@ class Transmission:
                 held.exhausted = True
                 self.n_open -= not held.n_out
         self._held.clear()
+        self._stream = None
+        self._later.clear()
+        self._n_later = 0
+        self._give_back()
 
     # ------------------------------------------------------------------------------------ requests
 
@@ -181,10 +199,12 @@ class Transmission:
         finally:  # what came before any nonsense is carried out all the same
             if self._answers:
                 answers, self._answers = self._answers, []
-                self._port.send(answers)
+                self._send(answers)
             if batch:
                 self._port.submit(batch)
             self._within = False
+            if self._room <= self._unsent:
+                self._make_room()
             self.refill()
 
     def need(self, rest: memoryview) -> int:
@@ -206,10 +226,9 @@ class Transmission:
             if self._incoming is not None:
                 return at
         while True:
-            known = len(batch)
-            at, self._room = batches.parse_run(
-                view, at, self._room, extended, usual, self, self._volume, self.size, batch
-            )
+            known, room = len(batch), self._room - self._unsent
+            at, left = batches.parse_run(view, at, room, extended, usual, self, self._volume, self.size, batch)
+            self._room -= room - left
             self.n_open += len(batch) - known
             if end - at < header:
                 return at
@@ -260,7 +279,7 @@ class Transmission:
             self._answers += self._replies.success(cookie, offset)
             self.n_open -= 1
         elif command == Cmd.READ:
-            self._held.append(self._sliced(cookie, Op.READ, offset, length, 0))
+            self._held.append(Request(self, cookie, _READ, self._volume, offset, length))
         else:
             engine_flags = FUA if flags & CmdFlag.FUA else 0
             op = Op.TRIM
@@ -354,8 +373,10 @@ class Transmission:
 
     def _pieces_done(self, parent: Sliced, batch: list[Request]) -> None:
         """Pieces of *parent* came back."""
-        if parent.op <= _WRITE:
+        if parent.op == _WRITE:
             self._room += sum(piece.length for piece in batch)
+        elif parent is self._stream:
+            self._send_on(parent, batch)
         self._advance(parent)
         self._settle()
 
@@ -374,7 +395,13 @@ class Transmission:
             return
         self.n_open -= 1
         parts, parent.parts = parent.parts, []  # a piece knows its parent: a circle that would keep payloads
+        if parent.op == _READ and parent.begun:
+            self._room += parent.room
+            self._n_long -= 1
         if self._gone:
+            return
+        if parent is self._stream:
+            self._end_stream(parent)
             return
         if parent.error:
             answer = self._replies.error(parent.cookie, parent.offset, *nbd_error(parent.error))
@@ -382,29 +409,141 @@ class Transmission:
             answer = self._replies.data(parent.cookie, parent.offset, parts)
         else:
             answer = self._replies.success(parent.cookie, parent.offset)
-        self._port.send(answer)
+        self._send(answer)
+
+    # ------------------------------------------------------------------------------------ long reads
+
+    def _begin(self, read: Sliced) -> bool:
+        """Begin a long read, if it is its turn: with room for all of it, or else as a stream."""
+        missing = read.length - (self._room - self._unsent)
+        if missing > 0 and not self._lent:
+            missing -= self._borrow()
+        if missing > 0:
+            if self._n_long or self._port.unsent > ROOM_MIN:
+                return False
+            if self._budget.lend_all(missing):
+                self._lent += missing
+                self._room += missing
+            else:
+                self._stream = read
+                read.streamed = True
+        if not read.streamed:
+            read.room = read.length
+            self._room -= read.length
+        self._n_long += 1
+        return True
+
+    def _next_piece(self, read: Sliced) -> Request | None:
+        """The next piece of a long read that was begun, if it may enter the machine."""
+        if not read.streamed:
+            return read.next_piece() if read.n_out < READ_PIECES_MAX else None
+        # One piece at a time there is always room for: the answers that wait for it have taken theirs.
+        if not self._make_room() and (read.n_out or self._port.unsent):
+            return None
+        piece = read.next_piece()
+        if piece is not None:
+            self._room -= piece.length
+            read.room += piece.length
+        return piece
+
+    def _send_on(self, read: Sliced, batch: list[Request]) -> None:
+        """Send what has come of a stream."""
+        begun = read.n_sent
+        data = read.take_ready(batch)
+        if not data:
+            return
+        self._room += read.n_sent - begun
+        read.room -= read.n_sent - begun
+        head = [] if begun else self._replies.begin(read.cookie, read.offset, read.length)
+        self._port.send([*head, *data])
+
+    def _end_stream(self, read: Sliced) -> None:
+        """All of a stream is sent that can be had: end the answer, and let go those behind it."""
+        self._stream = None
+        answer: list[Buffer] | None
+        if not read.error:
+            answer = self._replies.end(read.cookie, read.offset)
+        elif read.n_sent:
+            left = read.length - read.n_sent
+            answer = self._replies.break_off(read.cookie, read.offset, left, *nbd_error(read.error))
+        else:
+            answer = self._replies.error(read.cookie, read.offset, *nbd_error(read.error))
+        if answer is None:  # whatever came next would be taken for data
+            self.abandon()
+            self._port.broken_off(f"a read failed after a part of it was sent: {nbd_error(read.error)[1]}")
+            return
+        answer += self._later
+        self._later.clear()
+        self._n_later = 0
+        if answer:
+            self._port.send(answer)
+
+    # ------------------------------------------------------------------------------------ room
+
+    @property
+    def _unsent(self) -> int:
+        return self._port.unsent + self._n_later
+
+    def _make_room(self) -> bool:
+        """Whether more may enter the machine, with a loan if need be."""
+        room = self._room - self._unsent
+        if room <= 0 and not self._lent:
+            room += self._borrow()
+        return room > 0
+
+    def _borrow(self) -> int:
+        self._lent = self._budget.lend()
+        self._room += self._lent
+        return self._lent
+
+    def _give_back(self) -> None:
+        """Return the loan when what is in the machine and unsent is less than a session has of its own."""
+        if self._lent and self._room - self._lent > self._unsent:
+            self._budget.give_back(self._lent)
+            self._room -= self._lent
+            self._lent = 0
 
     def refill(self) -> None:
         """Let held reads into the machine as far as there is room for them, and for their answers."""
-        held = self._held
-        if not held or self._within:
+        self._give_back()
+        if not self._held or self._within:
             return
         self._within = True
-        while held and self._room > 0 and not self._port.congested:
-            batch: list[Request] = []
-            while held and self._room > 0:
-                first = held[0]
-                piece = first if isinstance(first, Request) else first.next_piece()
-                if isinstance(first, Request) or first.exhausted:
-                    held.popleft()
-                if piece is not None:
-                    self._room -= piece.length
-                    batch.append(piece)
-            if batch:
-                self._port.submit(batch)
+        while batch := self._take_held():
+            self._port.submit(batch)
         self._within = False
 
+    def _take_held(self) -> list[Request]:
+        """The held reads, and pieces of them, that may enter the machine now."""
+        held = self._held
+        batch: list[Request] = []
+        while held:
+            first = held[0]
+            if isinstance(first, Request) and (first.offset & _IO_MASK) + first.length > IO_MAX:
+                held[0] = first = self._sliced(first.cookie, Op.READ, first.offset, first.length, 0)
+            if isinstance(first, Request):
+                if not self._make_room():
+                    break
+                self._room -= first.length
+                batch.append(first)
+            else:
+                if not first.begun and not self._begin(first):
+                    break
+                while (piece := self._next_piece(first)) is not None:
+                    batch.append(piece)
+                if not first.exhausted:
+                    break
+            held.popleft()
+        return batch
+
     # ------------------------------------------------------------------------------------ answers
+
+    def _send(self, answer: list[Buffer]) -> None:
+        if self._stream is None:
+            self._port.send(answer)
+        else:
+            self._later += answer
+            self._n_later += sum(map(len, answer))
 
     def finished(self, batch: list[Request]) -> None:
         """The volume is done with *batch*: answer the client, once for all of it."""
@@ -413,7 +552,7 @@ class Transmission:
         buffers, n_bytes = self._replies.batch(batch)
         self._room += n_bytes
         if not self._gone:
-            self._port.send(buffers)
+            self._send(buffers)
         self._settle()
 
     def status_known(self, query: StatusQuery, extents: Sequence[tuple[int, int]]) -> None:
@@ -431,7 +570,7 @@ class Transmission:
             left -= length
         self.n_open -= 1
         if not self._gone:
-            self._port.send(self._replies.status(query.cookie, query.offset, merged or [(query.length, 0)]))
+            self._send(self._replies.status(query.cookie, query.offset, merged or [(query.length, 0)]))
         self._settle()
 
     def _settle(self) -> None:

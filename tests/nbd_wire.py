@@ -76,6 +76,7 @@ class ReplyReader:
         self.style = style
         self.ours = ours
         self.reads = {} if reads is None else reads
+        self.unfinished: Answer | None = None  # the data of a READ is there, the last chunk of its reply not yet
         self.rest = bytearray()
 
     def feed(self, data: bytes) -> list[Answer]:
@@ -110,7 +111,7 @@ class ReplyReader:
         if len(self.rest) < size + length:
             return None
         self._take(size)
-        return self._chunk(fields, self._take(length))
+        return self._chunk(fields, self._take(length)) or self._next()
 
     def _simple(self) -> Answer | None:
         assert self.style != EXTENDED, "no simple replies after extended headers"
@@ -123,13 +124,15 @@ class ReplyReader:
         self._take(16)
         return Answer(cookie, error, data=self._take(n) if asked and not error else None, chunks=["simple"])
 
-    def _chunk(self, fields: tuple[int, ...], payload: bytes) -> Answer:
+    def _chunk(self, fields: tuple[int, ...], payload: bytes) -> Answer | None:
         flags, kind, cookie = fields[1:4]
-        assert flags == 1, "this server answers in one chunk"
-        answer = Answer(cookie, chunks=[str(kind)])
+        answer = self.unfinished or Answer(cookie)
+        assert answer.cookie == cookie, "nothing comes between the chunks of one reply"
+        assert flags == 1 or (flags, kind) == (0, 1), "only data is followed by a second chunk"
+        answer.chunks.append(str(kind))
         if kind == 0:
             assert not payload
-            assert cookie not in self.reads or not self.reads[cookie][1]
+            assert self.unfinished or cookie not in self.reads or not self.reads[cookie][1]
         elif kind == 1:
             offset = int.from_bytes(payload[:8], "big")
             answer.data = payload[8:]
@@ -144,7 +147,8 @@ class ReplyReader:
             assert answer.text.endswith(".") or not self.ours
         if self.style == EXTENDED and cookie in self.reads:
             assert fields[4] == self.reads[cookie][0], "the reply repeats the offset of the request"
-        return answer
+        self.unfinished = None if flags else answer
+        return None if self.unfinished else answer
 
     def _extents(self, kind: int, payload: bytes) -> list[tuple[int, int]]:
         assert int.from_bytes(payload[:4], "big") == 1, "the id of the context"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tandem.nbd.budget import Budget
 from tandem.nbd.server import Gate, Server, ServerError
 from tandem.repl.config import ResourceConfig, VolumeConfig
 from tandem.repl.edge.volume import Volume
@@ -119,6 +120,7 @@ class Exports:
         self._gate = gate
         self._volume = volume
         self._log = log
+        self._budget = Budget()  # of the whole process, wherever its clients come in
         self._servers: dict[Listener, Server] = {}
         self._offered: dict[Listener, list[Volume]] = {}
 
@@ -141,7 +143,7 @@ class Exports:
                 self._servers[place.listener] = await self._start(place)
 
     async def _start(self, place: Place) -> Server:
-        server = Server(partial(self._at, place.listener), log=self._log, gate=self._gate)
+        server = Server(partial(self._at, place.listener), log=self._log, gate=self._gate, budget=self._budget)
         try:
             if place.path:
                 await server.start(unix=place.path)

@@ -1,21 +1,27 @@
 """How much memory a daemon may use, and how soon a large disk is attached.
 
 Idle: 60 MiB and 32 MiB for each TiB of device. Under any load: 128 MiB more. A sparse file of 16 TiB attaches
-in less than 3 seconds.
+in less than 3 seconds. What clients do not read: 96 MiB, and 5 MiB for each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
 
+import pytest
+from tandem.nbd.budget import TOTAL
 from tandem.tools.demo_pair import Node, Pair, connected
 
 from tests.conftest import FindProgram, NewPair
+from tests.nbd_serving import PATIENCE_S, Raw
+from tests.nbd_wire import READ, STRUCTURED, request
 
 MIB = 1 << 20
 TIB = 1 << 40
@@ -23,6 +29,7 @@ IDLE_MAX = 60 * MIB
 PER_TIB_MAX = 32 * MIB
 LOAD_MAX = 128 * MIB
 ATTACH_S = 3.0
+PER_CLIENT_MAX = 5 * MIB
 
 
 def memory(pid: int, field: str = "VmRSS") -> int:
@@ -148,6 +155,34 @@ def test_under_load_memory_stays_bounded(pair: Pair, program: FindProgram) -> No
     for name, used in watch.most.items():
         assert used < bound(pair.size) + LOAD_MAX, f"{name}: {used / MIB:.1f} MiB"
     pair.wait_in_sync()
+
+
+@pytest.mark.parametrize("length", [MIB, 32 * MIB])
+def test_clients_that_read_no_answers_do_not_cost_memory(pair: Pair, length: int) -> None:
+    """Whatever they ask for; and they take nothing from who reads."""
+    node = pair.first
+    assert node.uri.startswith("nbd+unix:")
+    path = node.uri.partition("?socket=")[2]
+
+    def client() -> Raw:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(PATIENCE_S)
+        sock.connect(path)
+        return Raw(sock, STRUCTURED)
+
+    pid = pid_of(pair, node)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(client()) for _ in range(40)]
+        for greedy in crowd:
+            greedy.sock.sendall(b"".join(request(STRUCTURED, READ, n, 0, length) for n in range(2000)))
+        for greedy in crowd:
+            greedy.sock.recv(1, socket.MSG_PEEK)  # the first answer has begun
+        good = stack.enter_context(client())
+        good.reader.reads[1] = (0, 32 * MIB)
+        good.sock.sendall(request(STRUCTURED, READ, 1, 0, 32 * MIB))
+        assert good.answers(1)[0].error == 0
+        used = memory(pid, "VmHWM")
+        assert used < bound(pair.size) + TOTAL + (len(crowd) + 1) * PER_CLIENT_MAX, f"{used / MIB:.1f} MiB at most"
 
 
 def test_a_slow_peer_does_not_cost_memory(pair: Pair, program: FindProgram) -> None:

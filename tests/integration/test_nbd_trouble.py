@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from tandem.nbd.budget import INFLIGHT_BYTES_MAX
 from tandem.nbd.listener import EXHAUSTED_S, Listener
-from tandem.nbd.transmission import INFLIGHT_BYTES_MAX
 from tandem.repl.edge.stream import BACKLOG_HIGH
+from tandem.repl.requests import Op
 
 from tests.nbd_serving import (
     KIB,
@@ -34,6 +35,7 @@ from tests.nbd_wire import (
     FLUSH,
     GREETING,
     READ,
+    SIMPLE,
     STATUS,
     STRUCTURED,
     STYLES,
@@ -47,6 +49,7 @@ from tests.nbd_wire import (
 )
 
 ROOT = Path(__file__).parents[2]
+ALLOCATION = option(10, context_data("", "base:allocation"))
 
 
 # ------------------------------------------------------------------------------------ bad company
@@ -199,7 +202,7 @@ def test_who_does_not_read_answers_is_not_read_either(serving: Serving, volume: 
         def held() -> int:
             return sum(session._sender.backlog for session in serving.server.sessions)
 
-        assert serving.call(held) <= BACKLOG_HIGH + INFLIGHT_BYTES_MAX + MIB
+        assert serving.call(held) <= INFLIGHT_BYTES_MAX + MIB
         assert len(volume.seen) < asked
     serving.all_gone()
 
@@ -214,8 +217,60 @@ def test_unread_answers_of_small_requests_are_bounded_too(tmp_path: Path) -> Non
             except BlockingIOError:
                 break
             backlogs = serving.call(lambda: [s._sender.backlog for s in serving.server.sessions])
-            assert max(backlogs) <= BACKLOG_HIGH + INFLIGHT_BYTES_MAX + MIB
+            assert max(backlogs) <= INFLIGHT_BYTES_MAX + MIB
         assert len(volume.seen) < 400
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_long_read_that_fails_half_sent_ends_a_session_only_where_there_is_no_other_way(
+    serving: Serving, volume: RamVolume, style: str
+) -> None:
+    serving.server.budget.free = 0
+    with serving.client(style) as raw:
+        raw.reader.reads = {1: (0, 32 * MIB), 2: (0, 512)}
+        raw.sock.sendall(request(style, READ, 1, 0, 32 * MIB))
+        head = receive_exactly(raw.sock, 100)
+        volume.errors = {Op.READ: errno.EIO}
+        assert raw.reader.feed(head) == []
+        if style == SIMPLE:
+            assert len(receive_all(raw.sock)) < 32 * MIB
+            serving.all_gone()
+            assert "a read failed after a part of it was sent" in serving.log[-1]
+            return
+        (answer,) = raw.answers(1)
+        assert (answer.error, answer.text[-1]) == (errno.EIO, ".")
+        volume.errors = {}
+        raw.sock.sendall(request(style, READ, 2, 0, 512))
+        assert raw.answers(1)[0].data == bytes(512)
+    serving.all_gone()
+
+
+def test_unread_answers_about_allocation_are_bounded_and_all_come_in_the_end(
+    serving: Serving, volume: RamVolume
+) -> None:
+    """16 bytes of request for each KiB of answer: what waits to be asked is not asked before there is room."""
+    volume.holes[:] = bytes([0, 1]) * (len(volume.holes) // 2)
+    n = 2000
+    with Raw(serving.connect(), STRUCTURED, "", ALLOCATION) as greedy:
+        greedy.sock.sendall(b"".join(request(STRUCTURED, STATUS, k, 0, SIZE) for k in range(n)))
+        greedy.answers(1)
+        (session,) = serving.server.sessions
+        while serving.call(lambda: session._status_task is not None):
+            pass
+        assert BACKLOG_HIGH < session._sender.backlog <= BACKLOG_HIGH + MIB
+        while serving.call(lambda: session._transmission and session._transmission.n_open):
+            greedy.answers(1)
+    serving.all_gone()
+
+
+def test_who_asks_about_allocation_and_goes_leaves_nothing_open(serving: Serving, volume: RamVolume) -> None:
+    volume.holes[:] = bytes([0, 1]) * (len(volume.holes) // 2)
+    with Raw(serving.connect(), STRUCTURED, "", ALLOCATION) as greedy:
+        greedy.sock.sendall(b"".join(request(STRUCTURED, STATUS, k, 0, SIZE) for k in range(2000)))
+        greedy.answers(1)
+        while not serving.call(lambda: any(session._sender.congested for session in serving.server.sessions)):
+            pass
+    serving.all_gone()
 
 
 def test_without_descriptors_it_waits_instead_of_spinning(tmp_path: Path) -> None:

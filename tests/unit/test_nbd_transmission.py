@@ -7,9 +7,10 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from tandem.nbd.budget import INFLIGHT_BYTES_MAX, Budget
 from tandem.nbd.codec import ERRORS, ClientError, NbdError, nbd_error
 from tandem.nbd.slices import PIECES_MAX
-from tandem.nbd.transmission import INFLIGHT_BYTES_MAX, REQUESTS_MAX, StatusQuery, Transmission
+from tandem.nbd.transmission import READ_PIECES_MAX, REQUESTS_MAX, StatusQuery, Transmission
 from tandem.repl.requests import FUA, MAY_UNMAP, Buffer, Op, Request
 
 from tests.nbd_volume import RamVolume
@@ -52,8 +53,9 @@ class Rig:
     """A Transmission on a RamVolume, driven by hand: `say` bytes, look at `answers`."""
 
     def __init__(
-        self, style: str = STRUCTURED, *, size: int = SIZE, writable: bool = True, allocation: bool = True
-    ) -> None:
+        self, style: str = STRUCTURED, *, size: int = SIZE, writable: bool = True, allocation: bool = True,
+        budget: Budget | None = None,
+    ) -> None:  # fmt: skip
         self.style = style
         self.volume = RamVolume(size, number=3, at_once=True)
         self.reader = ReplyReader(style)
@@ -61,10 +63,11 @@ class Rig:
         self.queries: list[StatusQuery] = []
         self.n_sends = 0
         self.n_settled = 0
+        self.broken = ""  # why the connection is of no further use
         self.held: list[Request] | None = None  # requests kept back while it is a list
         self.transmission = Transmission(
-            self, 3, size, writable=writable, structured=style == STRUCTURED, extended=style == EXTENDED,
-            allocation=allocation and style != SIMPLE,
+            self, 3, size, budget or Budget(), writable=writable, structured=style == STRUCTURED,
+            extended=style == EXTENDED, allocation=allocation and style != SIMPLE,
         )  # fmt: skip
         self.n_asked = 0
         self.rest = b""
@@ -83,7 +86,12 @@ class Rig:
     def ask_status(self, query: StatusQuery) -> None:
         self.queries.append(query)
 
-    congested = False
+    @property
+    def unsent(self) -> int:
+        return 0
+
+    def broken_off(self, why: str) -> None:
+        self.broken = why
 
     def settled(self) -> None:
         self.n_settled += 1
@@ -336,7 +344,8 @@ def test_reads_wait_for_room(rig: Rig) -> None:
     assert rig.transmission.n_open == 101
     while rig.held:
         rig.release(7)
-        assert rig.held is not None and sum(r.length for r in rig.held) <= INFLIGHT_BYTES_MAX
+        pieces = [r.length for r in rig.held]
+        assert sum(pieces) <= INFLIGHT_BYTES_MAX + READ_PIECES_MAX * MIB, "a long read has room of its own"
     assert len(rig.answers) == 101
     assert not rig.transmission.busy
     assert rig.transmission.n_open == 0
@@ -400,7 +409,7 @@ def test_a_client_that_vanishes_leaves_nothing_open(rig: Rig, half: bool) -> Non
 def test_a_client_that_vanishes_in_the_middle_of_a_sliced_read(rig: Rig) -> None:
     rig.held = []
     rig.say(rig.pack(READ, 0, MIB) + rig.pack(READ, 0, 32 * MIB) + rig.pack(READ, 0, 2 * MIB))
-    n_held = INFLIGHT_BYTES_MAX // MIB
+    n_held = 1 + READ_PIECES_MAX
     assert len(rig.held) == n_held, "the first read and a part of the second are out, of the third nothing"
     rig.transmission.abandon()
     assert rig.transmission.n_open == 2
