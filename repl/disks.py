@@ -132,8 +132,9 @@ class Disks:
         vol.stable_version, vol.flush_error = -1, 0  # a process before this one may have left something unflushed
         vol.usable = disk.layout.usable & ~(SECTOR - 1)
         vol.meta = MetaWriter(
-            vol, lambda op: self.e.out.disk.append(op), lambda error: self.failed(vol, error, write=True, meta=True)
-        )
+            vol, lambda op: self.e.out.disk.append(op),
+            lambda error, of_data: self.failed(vol, error, write=True, meta=True, flush=of_data),
+        )  # fmt: skip
         if disk.marked:
             self.e.note(vol, f"Marked additional {disk.marked * 4} KB as out-of-sync based on AL.")
         if disk.corrupt:
@@ -225,15 +226,20 @@ class Disks:
 
     # ------------------------------------------------------------------------------ failure and detach
 
-    def failed(self, vol: Volume, error: int, write: bool, meta: bool = False) -> None:
-        """The local disk returned *error*; what follows is `on-io-error`, for metadata always detach."""
+    def failed(self, vol: Volume, error: int, write: bool, meta: bool = False, *, flush: bool = False) -> None:
+        """The local disk returned *error*; what follows is `on-io-error`, for metadata always detach.
+
+        *flush*: it was the data's flush, without which no metadata may be written. That costs the disk as well:
+        nobody knows which blocks are lost, and what metadata is on the disk still names all of them.
+        """
         if vol.state.disk <= DiskState.FAILED:
             return
         policy = vol.config.disk_options.on_io_error
-        what = "meta-data" if meta else "data"
+        what = "meta-data" if meta and not flush else "data"
+        where = f"{vol.config.disk} in the flush before meta-data is written" if flush else vol.config.disk
         name = errno.errorcode.get(error, str(error))
         self.e.note(
-            vol, f"Local {what} IO error {name} on {vol.config.disk}, on-io-error {policy}", level="error"
+            vol, f"Local {what} IO error {name} on {where}, on-io-error {policy}", level="error"
         )
         if policy == "pass_on" and not meta:
             if write and vol.state.disk == DiskState.UP_TO_DATE:

@@ -26,6 +26,7 @@ from .requests import DATA, FUA, META, PREFLUSH, Buffer, DiskOp, Op
 from .volume import Volume
 
 Then = Callable[[bool], None]
+Failed = Callable[[int, bool], None]  # gets the errno of the first failure, and whether it was the data's flush
 
 PAGE: Final = 4096
 PAGES_PER_OP: Final = 256  # 1 MiB: large enough for the disk, small enough to copy
@@ -62,10 +63,10 @@ class Job:
 class MetaWriter:
     """The metadata writer of one attached volume. *emit* puts an operation into the outbox."""
 
-    def __init__(self, volume: Volume, emit: Callable[[DiskOp], None], failed: Callable[[int], None]) -> None:
+    def __init__(self, volume: Volume, emit: Callable[[DiskOp], None], failed: Failed) -> None:
         self._volume = volume
         self._emit = emit
-        self._failed = failed  # told the errno of the first failure
+        self._failed = failed
         self._dead = False
         self.n_out = 0  # operations the disk has not answered
         self._sb_wanted = 0
@@ -171,7 +172,7 @@ class MetaWriter:
 
     def _data_flushed(self, op: DiskOp, version: int, writes: list[tuple[int, bytes]]) -> None:
         if op.error:
-            self.kill(op.error)
+            self.kill(op.error, of_data=True)
         else:
             self._flushed_version = version
             self._write_pages(writes)
@@ -252,7 +253,7 @@ class MetaWriter:
         self._sb_waiters.append((self._sb_wanted, then))
         self._write_superblock(MAGIC_CLEAN, MdFlag.AL_CLEAN)
 
-    def kill(self, error: int) -> None:
+    def kill(self, error: int, *, of_data: bool = False) -> None:
         """The metadata cannot be written any more: tell every waiter, and the machine once."""
         if self._dead:
             return
@@ -263,7 +264,7 @@ class MetaWriter:
         self._job, self._step_out = None, 0
         self._jobs.clear()
         if error:
-            self._failed(error)
+            self._failed(error, of_data)
         for then in (*waiting, *(job.then for job in jobs if job.then)):
             then(False)
 

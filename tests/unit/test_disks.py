@@ -11,7 +11,7 @@ from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Attach, Attached, LinkLost, ReleaseDisk, RunHandler
 from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
-from tandem.repl.requests import META, DiskOp, Op
+from tandem.repl.requests import DATA, META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import Packet, Uuids, pack_data, pack_state, pack_state_change, pack_state_reply
 
@@ -257,6 +257,25 @@ def test_a_read_error_under_pass_on_changes_no_state() -> None:
     r = lone.submit(Op.READ)
     lone.answer(r, error=errno.EIO)
     assert lone.local_disk() == D.UP_TO_DATE and lone.sent(P.DATA_REQUEST) == [P.DATA_REQUEST]
+
+
+@pytest.mark.parametrize("policy", ["detach", "pass_on"])
+def test_a_data_flush_that_fails_before_metadata_is_written_is_told_as_such_and_detaches(policy: str) -> None:
+    """Nobody knows what it lost, and the pages behind it call blocks clean: what is on disk must stay as it is."""
+    lone = Lone(disk={"on_io_error": policy}).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    assert lone.vol.meta is not None
+    lone.vol.meta.write_changed()
+    lone.take()
+    (flush,) = lone.disk
+    assert (flush.op, flush.area) == (Op.FLUSH, DATA)
+    lone.answer(flush, error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS
+    assert [n for n in lone.notes() if "IO error" in n] == [
+        f"Local data IO error EIO on /dev/fake0 in the flush before meta-data is written, on-io-error {policy}"
+    ]
 
 
 def test_a_metadata_error_always_detaches() -> None:

@@ -32,8 +32,13 @@ class Writer:
         self.vol.uuids = UuidSet(4, 0, 0, 0)
         self.out: list[DiskOp] = []
         self.failures: list[int] = []
+        self.of_data: list[bool] = []  # whether each of them was the data's flush
         self.told: list[tuple[str, bool]] = []
-        self.meta = MetaWriter(self.vol, self.out.append, self.failures.append)
+        self.meta = MetaWriter(self.vol, self.out.append, self.failed)
+
+    def failed(self, error: int, of_data: bool) -> None:
+        self.failures.append(error)
+        self.of_data.append(of_data)
 
     def tell(self, name: str):  # type: ignore[no-untyped-def]
         return lambda ok: self.told.append((name, ok))
@@ -280,6 +285,7 @@ def test_a_failed_page_ends_everything() -> None:
         w.answer()
     w.answer(1, errno.EIO)
     assert w.told == [("one", False), ("two", False)] and w.failures == [errno.EIO] and w.out == []
+    assert w.of_data == [False]
 
 
 def test_a_failed_data_flush_writes_no_page() -> None:
@@ -290,6 +296,7 @@ def test_a_failed_data_flush_writes_no_page() -> None:
     assert w.names() == ["flush data"]
     w.answer(1, errno.EIO)
     assert w.out == [] and w.told == [("one", False)] and w.failures == [errno.EIO]
+    assert w.of_data == [True], "the operator is told which of the two it was"
 
 
 def test_kill_is_silent_towards_the_machine_and_what_is_out_is_only_counted() -> None:
