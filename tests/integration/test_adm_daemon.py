@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from tandem.nbd.server import Gate
 from tandem.repl.config import Endpoint, ResourceConfig, VolumeConfig
 from tandem.tools.client import Client
 from tandem.tools.daemon import Daemon, Options
-from tandem.tools.exports import DeviceError, place_of
+from tandem.tools.exports import DeviceError, Exports, place_of
 from tandem.tools.paths import NodePaths
 
 from tests.adm_pair import PATIENCE, Pair, free_ports
+from tests.nbd_volume import RamVolume
 
 BLOCKED_S = 3.0
 
@@ -143,6 +145,19 @@ def test_places(device: str, shown: str) -> None:
     resource = config(device)
     assert str(place_of(resource, resource.volumes[0], Path("/run/r0.nbd"))) == shown
     assert place_of(resource, resource.volumes[1], Path("/run/r0.nbd")).export == "r0/1"
+
+
+def test_what_clients_do_not_read_counts_together_wherever_they_come_in(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    async def scenario() -> None:
+        exports = Exports(tmp_path / "r0.nbd", lambda n: RamVolume(1 << 20, f"r0/{n}", number=n), said.append, Gate())
+        await exports.apply(config(f"nbd+unix:///data?socket={tmp_path}/s"))
+        assert len(exports._servers) == 2
+        assert len({server.budget for server in exports._servers.values()}) == 1
+        await exports.stop(0)
+
+    uvloop.run(scenario())
 
 
 def test_a_device_that_cannot_be_served_is_a_sentence() -> None:
