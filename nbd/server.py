@@ -210,6 +210,8 @@ class Session:
         self._sender = Sender(
             loop, sock, self._send_failed, on_high=self._review, on_low=self._sendable, on_empty=self._sendable
         )
+        self.send: Callable[[list[Buffer]], None] = self._sender.send
+        self.submit: Callable[[list[Request]], None]  # the volume's, once it is known
         self._queries: deque[StatusQuery] = deque()
         self._status_task: asyncio.Task[None] | None = None
         self._reading = False
@@ -303,6 +305,7 @@ class Session:
         self._timer.cancel()
         self.volume = terms.volume
         self.writable = terms.writable
+        self.submit = terms.volume.submit
         self._transmission = Transmission(
             self, terms.volume.number, terms.volume.size, self._server.budget,
             writable=terms.writable, structured=terms.structured, extended=terms.extended,
@@ -311,13 +314,6 @@ class Session:
         self._server.log(f"{self.peer} opened the export {terms.volume.name}")
 
     # ------------------------------------------------------------------------------------ the Port
-
-    def submit(self, batch: list[Request]) -> None:
-        assert self.volume is not None
-        self.volume.submit(batch)
-
-    def send(self, buffers: list[Buffer]) -> None:
-        self._sender.send(buffers)
 
     @property
     def unsent(self) -> int:

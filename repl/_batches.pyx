@@ -160,6 +160,18 @@ def pack_writes(list out, dict inflight, list writes, uint16_t volume, seq, bloc
     return sent
 
 
+def by_kind(list ops):
+    cdef list mine = [], theirs = [], others = []
+    for op in ops:
+        if type(op) is REQUEST:
+            mine.append(op)
+        elif type(op) is PEER_WRITE:
+            theirs.append(op)
+        else:
+            others.append(op)
+    return mine, theirs, others
+
+
 def written_here(list ops, Py_ssize_t at, long long volume, list finished):
     cdef long long n_read = 0, n_written = 0, n_writes = 0, waiting, length
     cdef Py_ssize_t i, n = len(ops)
@@ -388,10 +400,10 @@ def written_for_peer(list ops, Py_ssize_t at, long long volume, list to_ack, dic
 
 
 def pack_write_acks(list writes, Py_ssize_t at, uint16_t volume, seq):
-    cdef Py_ssize_t i, end = at, n = len(writes)
+    cdef Py_ssize_t i, end = at, n = len(writes), n_answered = 0
     cdef uint32_t next_seq = <uint32_t>(seq & 0xFFFFFFFF)
     cdef Wire p
-    cdef object epoch
+    cdef object epoch, last = None
     cdef bytes buffer
     cdef char *to
     while end < n and is_peer_write(writes[end]) and number(writes[end], _volume) == volume:
@@ -404,10 +416,16 @@ def pack_write_acks(list writes, Py_ssize_t at, uint16_t volume, seq):
         w = writes[i]
         next_seq += 1
         epoch = slot_get(w, w_epoch)
-        epoch.active -= 1
+        if epoch is not last:  # most are of one epoch, and counted together
+            if n_answered:
+                last.active -= n_answered
+            last, n_answered = epoch, 0
+        n_answered += 1
         p.sector, p.block_id = be64(<uint64_t>number(w, w_sector)), be64(<uint64_t>slot_get(w, w_block_id))
         p.command = be16(P_RS_WRITE_ACK if number(w, w_dp) & DP_MAY_SET_IN_SYNC else P_WRITE_ACK)
         p.third, p.fourth = be32(<uint32_t>number(w, _length)), be32(next_seq)
         memcpy(to, &p, HEAD)
         to += HEAD
+    if n_answered:
+        last.active -= n_answered
     return end, buffer

@@ -33,6 +33,26 @@ cdef extern from *:
         return value;
     }
 
+    /* The number in a slot; those of one or two digits, as nearly all are, without a call. */
+    static inline long long slot_number(PyObject *o, Py_ssize_t at) {
+        PyObject *value = *(PyObject **)((char *)o + at);
+        if (value == NULL) {
+            PyErr_SetString(PyExc_AttributeError, "a slot that was never filled");
+            return -1;
+        }
+    #if PY_VERSION_HEX < 0x030C0000
+        if (PyLong_CheckExact(value)) {
+            const digit *digits = ((PyLongObject *)value)->ob_digit;
+            switch (Py_SIZE(value)) {
+            case 0: return 0;
+            case 1: return digits[0];
+            case 2: return (long long)digits[1] << PyLong_SHIFT | digits[0];
+            }
+        }
+    #endif
+        return PyLong_AsLongLong(value);
+    }
+
     static inline void slot_set(PyObject *o, Py_ssize_t at, PyObject *value) {
         PyObject **slot = (PyObject **)((char *)o + at), *old = *slot;
         Py_INCREF(value);
@@ -62,12 +82,10 @@ cdef extern from *:
     """
     Py_ssize_t slot_offset(object descr) except -1
     object slot_get(object o, Py_ssize_t at)
+    long long number "slot_number"(object o, Py_ssize_t at) except? -1
     void slot_set(object o, Py_ssize_t at, object value)
     object part_of(object view, Py_ssize_t at, Py_ssize_t n)
     object new_slotted(object type)
     uint16_t be16(uint16_t x) nogil
     uint32_t be32(uint32_t x) nogil
     uint64_t be64(uint64_t x) nogil
-
-cdef inline long long number(object r, Py_ssize_t at) except? -1:
-    return <long long>slot_get(r, at)

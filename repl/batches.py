@@ -121,6 +121,21 @@ def pack_writes(
     return sent
 
 
+def by_kind(ops: Sequence[DiskOp]) -> tuple[list[Request], list[PeerWrite], list[DiskOp]]:
+    """Part what the disk has answered: our applications' requests, the peer's writes, and everything else."""
+    mine: list[Request] = []
+    theirs: list[PeerWrite] = []
+    others: list[DiskOp] = []
+    for op in ops:
+        if type(op) is Request:
+            mine.append(op)
+        elif type(op) is PeerWrite:
+            theirs.append(op)
+        else:
+            others.append(op)
+    return mine, theirs, others
+
+
 def written_here(
     ops: Sequence[Request], at: int, volume: int, finished: list[Request]
 ) -> tuple[int, int, int, int]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from . import aftermath, report, settings
 from .agreement import LOST, Agreement
 from .commands import Commands
+from .compiled import batches
 from .config import Fencing, NetOptions, ResourceConfig
 from .conflicts import Conflicts
 from .digests import Digest, digest, hmac_hash
@@ -51,7 +52,7 @@ from .liveness import Liveness
 from .mirror import Mirror
 from .peer import Peer
 from .replica import Replica
-from .requests import DiskOp, PeerWrite, Request
+from .requests import DiskOp, Request
 from .resync import Resync
 from .states import ConnState, DiskState, Role, State, describe_change
 from .transfer_log import TransferLog
@@ -62,8 +63,6 @@ from .wire import pack_ack
 
 RETRY_S = 1.0  # after a handshake that failed on our side, before trying again
 LINGER_S = 0.5  # how long a last answer may take to leave
-_REQUESTS = {Request}
-_PEER_WRITES = {PeerWrite}
 _FAILED = DiskState.FAILED  # to look up a member of an enum costs as much as a call
 NOTHING = Outbox()  # what `take` returns, the same each time, when there is nothing to do
 
@@ -122,18 +121,21 @@ class Engine:
 
     def receive_data(self, view: memoryview) -> int:
         """Bytes of the data socket; returns how many were consumed. The rest is an incomplete packet."""
-        return self._receive(self.link.receive_data, view)
+        try:
+            return self.link.receive_data(view)
+        except PeerProtocolError as e:
+            return self._nonsense(view, e)
 
     def receive_meta(self, view: memoryview) -> int:
         """Bytes of the meta socket; as `receive_data`."""
-        return self._receive(self.link.receive_meta, view)
-
-    def _receive(self, receive: Callable[[memoryview], int], view: memoryview) -> int:
         try:
-            return receive(view)
+            return self.link.receive_meta(view)
         except PeerProtocolError as e:
-            self.drop(ConnState.PROTOCOL_ERROR, str(e))
-            return len(view)
+            return self._nonsense(view, e)
+
+    def _nonsense(self, view: memoryview, fault: PeerProtocolError) -> int:
+        self.drop(ConnState.PROTOCOL_ERROR, str(fault))
+        return len(view)
 
     def needed_data(self, tail: memoryview) -> int:
         """Total length of the incomplete packet that *tail* begins, as far as it can be known."""
@@ -150,22 +152,9 @@ class Engine:
 
     def disk_done(self, ops: list[DiskOp]) -> None:
         """The disk answered these operations (`error` is set, a READ has its payload)."""
-        mine: list[Request] = []
-        theirs: list[PeerWrite] = []
-        kinds = set(map(type, ops))
-        if kinds == _REQUESTS:
-            mine = ops  # type: ignore[assignment]
-        elif kinds == _PEER_WRITES:
-            theirs = ops  # type: ignore[assignment]
-        else:
-            for op in ops:
-                kind = type(op)
-                if kind is Request:
-                    mine.append(op)  # type: ignore[arg-type]
-                elif kind is PeerWrite:
-                    theirs.append(op)  # type: ignore[arg-type]
-                else:
-                    op.then(op)  # type: ignore[attr-defined]
+        mine, theirs, others = batches.by_kind(ops)
+        for op in others:
+            op.then(op)  # type: ignore[attr-defined]
         if theirs:
             self.replica.local_done(theirs)
         if mine:
@@ -209,7 +198,8 @@ class Engine:
                 self.resync.progressed(vol)
             if vol.behind_peer:
                 self.conflicts.peer_progressed(vol)
-        self._maybe_connect()
+        if self._connect_at is not None:
+            self._maybe_connect()
 
     # ------------------------------------------------------------------------------ control plane
 

@@ -80,13 +80,16 @@ class Stage(Enum):
     OPEN = "parameters sent; everything is dispatched"
 
 
+_DOWN, _OPEN = Stage.DOWN, Stage.OPEN  # looked at for each packet
+
+
 class Link:
     """The connection: its handshake, what was agreed, and the dispatch of packets on both sockets."""
 
     def __init__(self, engine: Engine) -> None:
         self.e = engine
         self.ticket = 0  # of the attempt or link that counts; answers with another one are stale
-        self.stage = Stage.DOWN
+        self.stage = _DOWN
         self.resolver = False
         self.apv = PROTOCOL_MAX
         self.features = Feature(0)
@@ -123,10 +126,10 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        return self.stage is not Stage.DOWN
+        return self.stage is not _DOWN
 
     def down(self) -> None:
-        self.stage = Stage.DOWN
+        self.stage = _DOWN
         self.deadline = None
         self.meta_backlog = b""
 
@@ -187,7 +190,7 @@ class Link:
             if vol.state.disk >= DiskState.NEGOTIATING:
                 e.peer.send_uuids(vol)
             e.peer.send_state(vol)
-        self.stage = Stage.OPEN
+        self.stage = _OPEN
         self.deadline = e.now + max(4 * net.ping_timeout / 10, 2.0) + net.ping_int
         self.discard_my_data = self.tentative = False
         e.change_conn(ConnState.WF_REPORT_PARAMS)
@@ -221,7 +224,7 @@ class Link:
 
     def tell_settings(self) -> None:
         """Our settings have changed under a live connection: what follows in the stream is sent by the new ones."""
-        if self.stage is Stage.OPEN and self.apv >= settings.UPDATE_APV:
+        if self.stage is _OPEN and self.apv >= settings.UPDATE_APV:
             self.e.out.data.append(settings.said(self.e.config.net).pack(update=True))
 
     def _protocol_update(self, vol: Volume | None, payload: memoryview) -> None:
@@ -268,8 +271,9 @@ class Link:
         """Consume whole packets; returns how many bytes."""
         at, n = 0, len(view)
         self.e.liveness.heard()
-        while at < n and self.stage is not Stage.DOWN:
-            if self.stage is not Stage.OPEN:
+        volumes, replica = self.e.volumes, self.e.replica
+        while at < n and self.stage is not _DOWN:
+            if self.stage is not _OPEN:
                 used = self._handshake_packet(view[at:])
                 if not used:
                     break
@@ -278,9 +282,9 @@ class Link:
             if n - at < HEADER:
                 break
             volume, cmd, length = parse_header(view, at)
-            vol = self.e.volumes.get(volume)
-            if cmd == _DATA and vol is not None and self.e.replica.plain(vol):
-                end = self.e.replica.receive_run(vol, view, at)
+            vol = volumes.get(volume)
+            if cmd == _DATA and vol is not None and replica.plain(vol):
+                end = replica.receive_run(vol, view, at)
                 if end != at:
                     at = end
                     continue
@@ -295,7 +299,7 @@ class Link:
             payload = view[at + HEADER : at + HEADER + length]
             at += HEADER + length
             self._dispatch(volume, vol, cmd, payload)
-        return at if self.alive else n
+        return at if self.stage is not _DOWN else n
 
     def _handshake_packet(self, view: memoryview) -> int:
         """One packet before the parameters; 0 when it is not complete."""
@@ -474,15 +478,15 @@ class Link:
 
     def receive_meta(self, view: memoryview) -> int:
         """Consume whole packets; runs of P_WRITE_ACK in a tight loop, and runs of P_OV_RESULT as one."""
-        if self.stage is not Stage.OPEN:
-            if self.stage is not Stage.DOWN:
+        if self.stage is not _OPEN:
+            if self.stage is not _DOWN:
                 self.meta_backlog += bytes(view)
             return len(view)
         at, n = 0, len(view)
         finished: list[Request] = []  # list[Request]() would take a microsecond
-        self.e.liveness.heard_meta()
+        self.e.liveness.heard()
         try:
-            while n - at >= HEADER and self.alive:
+            while n - at >= HEADER and self.stage is not _DOWN:
                 at = self._write_acks(view, at, finished)
                 if n - at < HEADER:
                     break
@@ -505,7 +509,7 @@ class Link:
             if finished:
                 self.e.mirror.finish(finished)
         self.e.conflicts.acks_arrived()
-        return at if self.alive else n
+        return at if self.stage is not _DOWN else n
 
     def _write_acks(self, view: memoryview, at: int, finished: list[Request]) -> int:
         """Take the run of P_WRITE_ACK for ordinary writes that starts at *at*; returns where it ends."""

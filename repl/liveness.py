@@ -34,8 +34,6 @@ class Liveness:
     def heard(self) -> None:
         self._heard = self.e.now
 
-    heard_meta = heard
-
     def ping(self, then: Callable[[], None] | None = None) -> None:
         """Send P_PING; *then* when its answer came. All acks sent by the peer before it are in by then."""
         self._pings.append((self.e.now, then))

@@ -106,7 +106,7 @@ class Mirror:
         while writes:
             epoch = log.epoch_for_write()
             room = self.e.config.net.max_epoch_size - epoch.n_sent
-            now, writes = writes[:room], writes[room:]
+            now, writes = (writes, []) if len(writes) <= room else (writes[:room], writes[room:])
             n = len(now)
             vol.bytes_sent += batches.pack_writes(
                 out.data, log.inflight, now, vol.number, vol.seq, log.next_id, epoch, dp
@@ -485,7 +485,7 @@ class Mirror:
 
     def answer(self, vol: Volume, requests: list[Request]) -> None:
         """Hand requests back, unless answers are held (a new generation is not durable, I/O is frozen)."""
-        if vol.completion_gates or vol.state.suspended:
+        if vol.completion_gates or vol.suspended:
             vol.gated += requests
             return
         self.log.answered(requests)

@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-# To look up a member of an enum costs as much as a call.
-_CONNECTED: Final = ConnState.CONNECTED
-_INCONSISTENT: Final = DiskState.INCONSISTENT
-
 # A flush that only barrier acks need: it holds up the writes beside it, and blocks written again meanwhile are spared.
 QUIET_S: Final = 0.05  # without writes for so long, it waits for …
 PAUSE_FACTOR: Final = 10  # … so many times as long as the last one took, …
@@ -84,14 +80,14 @@ class Replica:
         The short path: no digests, nothing stalled, and during a resync nothing in the way. Stops in
         front of whatever it does not handle; the caller's long path takes that.
         """
-        busy = self._busy(vol)
+        busy, epoch = vol.peer_intervals.busy if vol.syncing else None, self.epoch
         end, count, received, seq = batches.receive_writes(
-            view, at, vol.number, vol.size, self.epoch, self.e.out.disk, busy
+            view, at, vol.number, vol.size, epoch, self.e.out.disk, busy
         )
         if count:
             self.last_write_at = self.e.now
-            self.epoch.size += count
-            self.epoch.active += count
+            epoch.size += count
+            epoch.active += count
             self.n_active += count
             vol.n_local += count
             vol.n_untracked += count if busy is None else 0
@@ -112,11 +108,9 @@ class Replica:
     def plain(self, vol: Volume) -> bool:
         """May `receive_run` be used for this volume now?"""
         return (
-            vol.local and not vol.dual and self.stall is None and not self.stalled
-            and (vol.state.conn == _CONNECTED or self._busy(vol) is not None)
-            and vol.state.pdsk >= _INCONSISTENT
-            and self.e.config.net.protocol == "C" and self.e.peer_integrity is None
-        )  # fmt: skip
+            vol.plain and self.stall is None and not self.stalled and self.e.peer_integrity is None
+            and (not vol.syncing or self._busy(vol) is not None)
+        )
 
     def write(
         self, vol: Volume, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Buffer | None,
@@ -266,7 +260,7 @@ class Replica:
         at, n = 0, len(ops)
         while at < n:
             vol = self.e.volumes[ops[at].volume]
-            busy = self._busy(vol)
+            busy = self._busy(vol) if vol.syncing else None
             n_before = len(to_ack)
             end, written, n_in_sync = batches.written_for_peer(ops, at, vol.number, to_ack, busy)
             vol.n_local -= end - at
@@ -286,7 +280,8 @@ class Replica:
             at = end
         if to_ack:
             self._ack_run(to_ack)
-        self.epochs_check()
+        if self.closed:
+            self.epochs_check()
         if self.flush_waiting:
             self._flush()
         self.e.replica_progressed()

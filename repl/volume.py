@@ -146,6 +146,8 @@ class Volume:
         self.syncing = False  # in SyncSource … PausedSyncT: writes may clear bits on both sides
         self.dual = False  # both nodes are Primary: concurrent writes are possible
         self.fast = False  # nothing special: the data plane may take its short path
+        self.plain = False  # … and so may the peer's writes, as far as the state is concerned
+        self.suspended = False  # answers are held until I/O resumes
         self.refresh()
 
     # ------------------------------------------------------------------------------ derived facts
@@ -167,6 +169,11 @@ class Volume:
             and s.role == Role.PRIMARY and not s.suspended and not self.al_suspended and not self.io_holds
             and not self.net.data_integrity_alg and self.net.protocol == "C"
         )  # fmt: skip
+        self.plain = (
+            self.local and not self.dual and (s.conn == ConnState.CONNECTED or self.syncing)
+            and s.pdsk >= DiskState.INCONSISTENT and self.net.protocol == "C"
+        )  # fmt: skip
+        self.suspended = s.suspended
 
     def saw(self, seq: int) -> None:
         """A packet of the peer had this sequence number."""

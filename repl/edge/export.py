@@ -7,6 +7,7 @@ holes. Everything else is the machine's word.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from tandem.repl.events import Opened
@@ -26,6 +27,7 @@ class ReplicatedVolume:
     def __init__(self, runtime: Runtime, number: int) -> None:
         self._runtime = runtime
         self._number = number
+        self.submit: Callable[[list[Request]], None] = partial(runtime.submit, number)
         self._n_open = 0
 
     @property
@@ -71,9 +73,6 @@ class ReplicatedVolume:
     def close(self, writable: bool) -> None:
         assert self._n_open > 0, f"volume {self._number} was closed more often than opened"
         self._count(-1)
-
-    def submit(self, batch: list[Request]) -> None:
-        self._runtime.submit(self._number, batch)
 
     async def allocation(self, offset: int, length: int, max_extents: int) -> list[tuple[int, int]]:
         """Holes of the local disk, as long as that is the truth: only an UpToDate disk is asked."""

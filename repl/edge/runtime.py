@@ -121,6 +121,8 @@ class Runtime:
             guard=self._guard, report=self._report, say=self._warn, on_low=self._wake,
         )  # fmt: skip
         self.handlers = Handlers(self._report, self._notify, handler_limit_s)
+        # A front end's requests for a volume, as (number, batch).
+        self.submit: Callable[[int, list[Request]], None] = partial(self._guard, self.engine.submit)
         self._posted: Completions[Callable[[], None]] = Completions(loop, self._run_posted, self._fatal)
         self._vigil = Vigil(loop)
         self._inside = False  # a wake-up is being worked on
@@ -286,7 +288,7 @@ class Runtime:
             self._watch_disk()
         if not self._looking:
             self._look_soon()
-        if disk.slow:
+        if disk.n_out and disk.slow:
             self._vigil.sleep()
         else:
             self._vigil.watch(work)
@@ -366,10 +368,6 @@ class Runtime:
         self.link.hold(self._disk_full)
 
     # ------------------------------------------------------------------- what wakes us up
-
-    def submit(self, number: int, batch: list[Request]) -> None:
-        """A front end's requests for volume *number*."""
-        self._guard(self.engine.submit, number, batch)
 
     def _disk_ended(self, ops: list[DiskOp]) -> None:
         self._guard(self.engine.disk_done, ops)

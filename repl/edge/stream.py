@@ -85,7 +85,7 @@ class Receiver:
         n = total - len(tail)
         if n == asked:
             self._chunk = max(min(n * 2, self._chunk_max), self._chunk_min)
-        elif n < asked >> 3:
+        elif n < asked >> 3 and asked != self._chunk_min:
             self._chunk = max(asked >> 1, self._chunk_min)
         if tail and total < self._want:
             self._tail = data
@@ -177,13 +177,14 @@ class Sender:
     """Sends buffers in order, at once as far as the socket takes them, the rest when it is writable.
 
     ``backlog`` is the number of bytes not sent yet. *on_high* is called when it passes *high*, then
-    *on_low* when it has fallen to *low*, then *on_high* may come again. *on_empty* is called whenever a
-    backlog has been sent to the end (not by a `send` that left nothing over). *on_lost* gets the error that
-    ended the stream, once; whatever is sent afterwards is dropped. Buffers must not change until sent.
+    *on_low* when it has fallen to *low*, then *on_high* may come again; in between it is ``congested``.
+    *on_empty* is called whenever a backlog has been sent to the end (not by a `send` that left nothing over).
+    *on_lost* gets the error that ended the stream, once; whatever is sent afterwards is dropped. Buffers must not
+    change until sent.
     """
 
-    __slots__ = ("_above", "_high", "_loop", "_low", "_on_empty", "_on_high", "_on_lost", "_on_low", "_queue",
-                 "_sock", "_waiting", "backlog", "closed")  # fmt: skip
+    __slots__ = ("_high", "_loop", "_low", "_on_empty", "_on_high", "_on_lost", "_on_low", "_queue", "_sock",
+                 "_waiting", "backlog", "closed", "congested")  # fmt: skip
 
     def __init__(
         self,
@@ -207,14 +208,9 @@ class Sender:
         self._on_empty = on_empty
         self._queue: list[Buffer] = []
         self._waiting = False  # for the socket to become writable
-        self._above = False  # on_high was called, on_low not yet
+        self.congested = False
         self.backlog = 0
         self.closed = False
-
-    @property
-    def congested(self) -> bool:
-        """Whether *on_high* was called last, not *on_low*."""
-        return self._above
 
     def send(self, buffers: list[Buffer]) -> None:
         """Send *buffers* (of bytes, format 'B') after everything sent before."""
@@ -236,8 +232,8 @@ class Sender:
             self._queue += buffers
             if not self._waiting:
                 self._push()
-        if self.backlog > self._high and not self._above:
-            self._above = True
+        if self.backlog > self._high and not self.congested:
+            self.congested = True
             self._on_high()
 
     def close(self) -> None:
@@ -282,8 +278,8 @@ class Sender:
 
     def _writable(self) -> None:
         self._push()
-        if self._above and self.backlog <= self._low and not self.closed:
-            self._above = False
+        if self.congested and self.backlog <= self._low and not self.closed:
+            self.congested = False
             self._on_low()
         if not self.backlog and not self.closed:
             self._on_empty()

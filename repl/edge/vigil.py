@@ -39,7 +39,8 @@ def weight(ops: Sequence[DiskOp]) -> int:
     The first one stands for all of them: most batches are of one length, and looking at each would cost more than
     a wrong guess. A long one counts for `LONG` at most: who moves megabytes gains by being seen at once.
     """
-    return len(ops) * min(max(ops[0].length >> BLOCK_SHIFT, 1), LONG)
+    n = ops[0].length >> BLOCK_SHIFT
+    return len(ops) * (n if n < LONG else LONG) if n > 1 else len(ops)
 
 
 class Vigil:

@@ -25,6 +25,7 @@ from tandem.repl.requests import (
     LOCAL_OK,
     MIRRORED,
     PEER,
+    DiskOp,
     Op,
     PeerEpoch,
     PeerWrite,
@@ -106,6 +107,39 @@ def test_pack_writes(story: list[tuple[int, ...]], seq: int, block_id: int, dp: 
         return sent, b"".join(map(bytes, out)), {i: r.cookie for i, r in inflight.items()}, image(rs)
 
     told(tell)
+
+
+@pytest.mark.parametrize("offset", [(1 << digits * 15) - 512 for digits in range(1, 5)] + [1 << 30, 1 << 60])
+def test_numbers_of_any_size(offset: int) -> None:
+    def tell(twin: ModuleType) -> object:
+        r = Request(OWNER, 0, 1, 0, offset, 512, bytes(512), 0)
+        out: list[Any] = []
+        twin.pack_writes(out, {}, [r], 0, 0, 1, None, DP_SEND_WRITE_ACK)
+        return bytes(out[0])
+
+    told(tell)
+
+
+@given(st.lists(st.sampled_from((Request, PeerWrite, DiskOp, "Callback")), max_size=5))
+@settings(deadline=None)
+def test_by_kind(story: list[Any]) -> None:
+    class Callback(DiskOp):
+        __slots__ = ()
+
+    ops: list[DiskOp] = []
+    for kind in story:
+        if kind is Request:
+            ops.append(Request(OWNER, 0, 1, 0, 0, 512))
+        elif kind is PeerWrite:
+            ops.append(PeerWrite(1, 0, 0, 512, b"", 0, 1, 0, PeerEpoch()))
+        else:
+            ops.append((DiskOp if kind is DiskOp else Callback)(1, 0, 0, 512))
+    told(lambda twin: twin.by_kind(ops))
+    mine, theirs, others = batches.by_kind(ops)
+    assert [mine, theirs, others] == [
+        [op for op in ops if isinstance(op, Request)], [op for op in ops if isinstance(op, PeerWrite)],
+        [op for op in ops if not isinstance(op, Request | PeerWrite)],
+    ]  # fmt: skip
 
 
 @given(requests, st.integers(0, 3))
