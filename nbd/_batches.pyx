@@ -118,24 +118,25 @@ def parse_run(
 
 
 def pack_replies(list batch, Py_ssize_t at, bint structured, list out):
-    cdef Py_ssize_t i, n = len(batch), to = 0
+    cdef Py_ssize_t i, n = len(batch)
     cdef uint64_t cookie, offset
     cdef uint32_t magic, length
     cdef uint16_t short
     cdef long long n_bytes = 0, size
-    cdef char reply[DATA_CHUNK_SIZE]
-    cdef bytearray plain = bytearray()
+    cdef bytes replies = PyBytes_FromStringAndSize(NULL, (n - at) * (DATA_CHUNK_SIZE if structured else SIMPLE_REPLY_SIZE))
+    cdef char *begun = PyBytes_AS_STRING(replies)  # of it, what comes in front of the next payload
+    cdef char *reply = begun
     for i in range(at, n):
         r = batch[i]
         if type(r) is not REQUEST:
             raise TypeError(f"{r!r} is no Request")
-        if <long long>slot_get(r, _error):
+        if number(r, _error):
             break
         at = i + 1
-        size = <long long>slot_get(r, _length)
+        size = number(r, _length)
         n_bytes += size
         cookie = be64(<uint64_t>slot_get(r, _cookie))
-        if structured and <long long>slot_get(r, _op) == OP_READ:
+        if structured and number(r, _op) == OP_READ:
             magic = be32(STRUCTURED_REPLY_MAGIC)
             memcpy(reply, &magic, 4)
             short = be16(CHUNK_DONE)
@@ -147,17 +148,17 @@ def pack_replies(list batch, Py_ssize_t at, bint structured, list out):
             memcpy(reply + 16, &length, 4)
             offset = be64(<uint64_t>slot_get(r, _offset))
             memcpy(reply + 20, &offset, 8)
-            plain += reply[:DATA_CHUNK_SIZE]
+            reply += DATA_CHUNK_SIZE
         else:
             magic, length = be32(SIMPLE_REPLY_MAGIC), 0
             memcpy(reply, &magic, 4)
             memcpy(reply + 4, &length, 4)
             memcpy(reply + 8, &cookie, 8)
-            plain += reply[:SIMPLE_REPLY_SIZE]
-        if <long long>slot_get(r, _op) == OP_READ:
-            out.append(plain)
+            reply += SIMPLE_REPLY_SIZE
+        if number(r, _op) == OP_READ:
+            out.append(PyBytes_FromStringAndSize(begun, reply - begun))
             out.append(slot_get(r, _payload))
-            plain = bytearray()
-    if plain:
-        out.append(plain)
+            begun = reply
+    if reply > begun:
+        out.append(PyBytes_FromStringAndSize(begun, reply - begun))
     return at, n_bytes

@@ -69,6 +69,7 @@ cdef Py_ssize_t _payload = slot_offset(Request.payload)
 cdef Py_ssize_t _flags = slot_offset(Request.flags)
 cdef Py_ssize_t _error = slot_offset(Request.error)
 cdef Py_ssize_t _waiting = slot_offset(Request.waiting)
+cdef Py_ssize_t _owner = slot_offset(Request.owner)
 cdef Py_ssize_t _block_id = slot_offset(Request.block_id)
 cdef Py_ssize_t _epoch = slot_offset(Request.epoch)
 cdef Py_ssize_t _legs = slot_offset(Request.legs)
@@ -229,6 +230,18 @@ def take_acks(view, Py_ssize_t at, dict inflight, long long volume, list finishe
     finally:
         PyBuffer_Release(&data)
     return at, n_pending, last
+
+
+def of_one_owner(list requests):
+    cdef object owner = None, other
+    for r in requests:
+        is_request(r)
+        other = slot_get(r, _owner)
+        if owner is None:
+            owner = other
+        elif other is not owner:
+            return False
+    return True
 
 
 def settle_writes(list requests, Py_ssize_t at, dict busy, list in_sync):

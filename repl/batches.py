@@ -190,6 +190,12 @@ def take_acks(
     return at, n_pending, last
 
 
+def of_one_owner(requests: Sequence[Request]) -> bool:
+    """Whether *requests*, at least one, all go back to the same owner."""
+    owner = requests[0].owner
+    return all(r.owner is owner for r in requests)
+
+
 def settle_writes(requests: Sequence[Request], at: int, busy: dict[int, Any], in_sync: list[Request]) -> int:
     """Let go of the blocks and payloads of finished requests from *at* on; returns where it stopped.
 

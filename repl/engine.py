@@ -49,7 +49,7 @@ from .flushes import Flushes
 from .growth import Growth
 from .link import Link, Stage
 from .liveness import Liveness
-from .mirror import Mirror
+from .mirror import REQUESTS_MAX, Mirror
 from .peer import Peer
 from .replica import Replica
 from .requests import DiskOp, Request
@@ -180,7 +180,7 @@ class Engine:
     @property
     def congested(self) -> bool:
         """Front ends should stop reading."""
-        return self.mirror.congested
+        return self.mirror.n_app >= REQUESTS_MAX or self.log.full
 
     def send_ack(self, cmd: int, vol: Volume, sector: int, block_id: int, size: int) -> None:
         """One ack packet on the meta socket."""

@@ -527,9 +527,3 @@ class Mirror:
         for _ in range(len(vol.al_waiting)):
             r = vol.al_waiting.popleft()
             self.dispatch(vol, r)
-
-    # ------------------------------------------------------------------------------ time
-
-    @property
-    def congested(self) -> bool:
-        return self.n_app >= REQUESTS_MAX or self.log.full

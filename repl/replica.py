@@ -263,15 +263,16 @@ class Replica:
             busy = self._busy(vol) if vol.syncing else None
             n_before = len(to_ack)
             end, written, n_in_sync = batches.written_for_peer(ops, at, vol.number, to_ack, busy)
-            vol.n_local -= end - at
-            vol.n_untracked -= end - at - n_in_sync
+            count = end - at
+            vol.n_local -= count
+            vol.n_untracked -= count - n_in_sync
             vol.bytes_written += written
-            vol.data_version += end - at
-            if vol.flush_habit == HABIT and end > at:
+            vol.data_version += count
+            if vol.flush_habit == HABIT and count:
                 self.e.flushes.local.written(vol)
             if n_in_sync:
                 vol.are_in_sync(w for w in to_ack[n_before:] if w.tracked)
-            if end == at:
+            if not count:
                 self._ack_run(to_ack)  # what follows may end a resync, which says that all acks are under way
                 to_ack = []
                 vol.n_local -= 1
@@ -288,11 +289,11 @@ class Replica:
 
     def _ack_run(self, writes: list[PeerWrite]) -> None:
         """P_WRITE_ACK, or P_RS_WRITE_ACK, for each write, in as few buffers as there are volumes."""
-        at = 0
-        while at < len(writes):
+        at, n = 0, len(writes)
+        while at < n:
             vol = self.e.volumes[writes[at].volume]
             end, packets = batches.pack_write_acks(writes, at, vol.number, vol.seq)
-            vol.seq = (vol.seq + end - at) & 0xFFFFFFFF
+            vol.seq = vol.seq + end - at & 0xFFFFFFFF
             vol.n_unacked -= end - at
             self.e.out.meta.append(packets)
             at = end

@@ -120,8 +120,7 @@ class Disk:
 
     def start(self, ops: list[DiskOp]) -> list[DiskOp]:
         """Start every operation; returns those that are complete already, in no particular order."""
-        n = len(ops)
-        at = self._short_inline(ops)
+        at, n = self._short_inline(ops), len(ops)
         if at == n:
             return ops
         done = ops[:at]
@@ -188,12 +187,10 @@ class Disk:
     def _short_inline(self, ops: list[DiskOp]) -> int:
         """The usual batch: short reads and writes that do not touch each other. Carries out those that *ops* begins
         with as long as nothing about them is unusual, and returns how many; the rest is for the long path."""
-        number, now = ops[0].volume, time.monotonic()
+        first, now = ops[0], time.monotonic()
+        number = first.volume
         device = self._volumes[number].data
-        if (
-            device.inline_again > now
-            or (len(ops) > 1 and ops[1].offset == ops[0].offset + ops[0].length)
-        ):  # fmt: skip
+        if device.inline_again > now or (len(ops) > 1 and ops[1].offset == first.offset + first.length):
             return 0
         watching = device.watched_until > now
         count, slow_s, waited = calls.short_inline(device.fd, ops, number, device.nowait, watching)

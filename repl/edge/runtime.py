@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
+from tandem.repl.compiled import batches
 from tandem.repl.config import ResourceConfig
 from tandem.repl.engine import NOTHING, Engine
 from tandem.repl.errors import Refusal
@@ -246,7 +247,7 @@ class Runtime:
 
     def _flush(self) -> None:
         """Carry out what the machine wants until it wants nothing and nobody has anything new for it."""
-        engine, link, disk = self.engine, self.link, self.disk
+        engine, disk = self.engine, self.disk
         finished: list[Request] = []
         work = 0
         self._fresh = True
@@ -254,23 +255,24 @@ class Runtime:
             if self._fresh:
                 self._fresh = False
                 out = engine.take()
-                if out is NOTHING:
-                    continue
-                if out.data:
-                    link.send_data(out.data)
-                if out.meta:
-                    link.send_meta(out.meta)
-                if out.done:
-                    work += weight(out.done)
-                    finished += out.done
-                ended = disk.start(out.disk) if out.disk else None
-                for effect in out.effects:
-                    self._effects[type(effect)](effect)
-                if ended:
-                    work += weight(ended)
-                    engine.disk_done(ended)
-                    self._fresh = True
-            elif self._events:
+                if out is not NOTHING:
+                    if out.data:
+                        self.link.send_data(out.data)
+                    if out.meta:
+                        self.link.send_meta(out.meta)
+                    if out.done:
+                        work += weight(out.done)
+                        finished = finished + out.done if finished else out.done
+                    ended = disk.start(out.disk) if out.disk else None
+                    for effect in out.effects:
+                        self._effects[type(effect)](effect)
+                    if ended:
+                        work += weight(ended)
+                        engine.disk_done(ended)
+                        self._fresh = True
+                    if self._fresh:
+                        continue
+            if self._events:
                 engine.handle(self._events.popleft(), engine.now)
                 self._fresh = True
             elif finished:
@@ -448,12 +450,8 @@ class Runtime:
 
 def deliver(batch: list[Request]) -> None:
     """Give finished requests back, to each owner all of its own at once."""
-    owner = batch[0].owner
-    for request in batch:
-        if request.owner is not owner:
-            break
-    else:
-        owner.finished(batch)
+    if batches.of_one_owner(batch):
+        batch[0].owner.finished(batch)
         return
     by_owner: dict[int, tuple[Owner, list[Request]]] = {}
     for request in batch:

@@ -142,6 +142,14 @@ def test_by_kind(story: list[Any]) -> None:
     ]  # fmt: skip
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=5))
+def test_of_one_owner(story: list[bool]) -> None:
+    owners = OWNER, Owner()
+    rs = [Request(owners[which], 0, 1, 0, 0, 512) for which in story]
+    told(lambda twin: twin.of_one_owner(rs))
+    assert batches.of_one_owner(rs) == (len(set(story)) == 1)
+
+
 @given(requests, st.integers(0, 3))
 @settings(deadline=None)
 def test_written_here(story: list[tuple[int, ...]], at: int) -> None:
@@ -319,7 +327,7 @@ def test_written_for_peer_and_pack_write_acks(
     [
         ("sort_batch", (["x"], [], {}, {}, [])), ("written_here", (["x"], 0, 0, [])),
         ("settle_writes", ([object()], 0, {}, [])), ("pack_writes", ([], {}, ["x"], 0, 0, 0, None, 0)),
-        ("pack_write_acks", ([object()], 0, 0, 0)),
+        ("pack_write_acks", ([object()], 0, 0, 0)), ("of_one_owner", ([object()],)),
     ],
 )  # fmt: skip
 def test_nothing_else_is_taken_for_a_request(name: str, arguments: tuple[Any, ...]) -> None:
