@@ -270,7 +270,7 @@ class Runtime:
                         work += weight(ended)
                         engine.disk_done(ended)
                         self._fresh = True
-                    if self._fresh:
+                    if self._fresh or self._stopped:
                         continue
             if self._events:
                 engine.handle(self._events.popleft(), engine.now)

@@ -29,6 +29,7 @@ from tandem.repl.events import (
     Opened,
     Outbox,
     Reconfigure,
+    ReleaseDisk,
     RunHandler,
     StateChanged,
 )
@@ -418,6 +419,21 @@ def test_what_threads_post_meanwhile_is_one_wake_up(tmp_path: Path) -> None:
         assert [len(batch) for batch in bench.client.batches] == [50]
 
     run(tmp_path, test)
+
+
+def test_a_mistake_that_an_edge_reports_meanwhile_keeps_back_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(bench: Bench) -> None:
+        def release(volume: int) -> None:
+            bench.runtime._fatal(AssertionError("noticed by an edge"))
+
+        monkeypatch.setattr(bench.runtime.storage, "release", release)
+        bench.machine.out.effects.append(ReleaseDisk(0))
+        bench.runtime.submit(0, [bench.client.flush()])
+        assert [str(error) for error in bench.mistakes] == ["noticed by an edge"] and not bench.client.batches
+
+    run(tmp_path, test, mistakes=1)
 
 
 def test_our_own_mistake_is_fatal_and_nothing_is_answered_after_it(tmp_path: Path) -> None:
