@@ -213,6 +213,7 @@ def _extras(
 
 
 def _measure(workload: Workload, system: System, options: argparse.Namespace, number: int) -> Measured:
+    os.sync()  # what the one before has written is not to be written back, or flushed, at the expense of this one
     ticks = os.sysconf("SC_CLK_TCK")
     before = cpu_seconds(system.pids, ticks)
     fio = run_fio(workload, system, options.size, options.seconds, number + 1)

@@ -10,7 +10,8 @@ and kept it, the machine may have better things to do, and the loop sleeps as us
 because the kernel's own threads do the same on an idle machine, and for longer and longer when it happens again at
 once. And the larger the batches are, the less it looks: what a wake-up costs is shared by the batch, and meanwhile
 the next one grows. A long operation is as good as a small batch: next to 128 KiB on their way to two disks a wake-up
-is little, and whoever waits awake for them takes the processor, or half of it, from those who carry them.
+is little, and whoever waits awake for them takes the processor, or half of it, from those who carry them. But the parts
+of one of half a megabyte or more come so close upon each other that nobody should sleep in between.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
 FEW: Final = 4.0  # operations of 4 KiB per wake-up, on average; beyond, twice as many are worth a quarter of the look
-LONG: Final = 8  # operations of 4 KiB; not at all awake, 1 MiB writes lose a tenth of their rate on idle processors
+LONG: Final = 8  # operations of 4 KiB that a long one counts for at most …
+IN_PARTS: Final = 512 << 10 >> BLOCK_SHIFT  # … unless it has so many blocks and comes in parts
 
 
 def weight(ops: Sequence[DiskOp]) -> int:
     """What a wake-up has done with *ops* (at least one), in operations of 4 KiB.
 
     The first one stands for all of them: most batches are of one length, and looking at each would cost more than
-    a wrong guess. A long one counts for `LONG` at most: who moves megabytes gains by being seen at once.
+    a wrong guess.
     """
     n = ops[0].length >> BLOCK_SHIFT
-    return len(ops) * (n if n < LONG else LONG) if n > 1 else len(ops)
+    if n <= 1 or n >= IN_PARTS:
+        return len(ops)
+    return len(ops) * (n if n < LONG else LONG)
 
 
 class Vigil:

@@ -101,7 +101,8 @@ def test_a_long_operation_is_as_good_as_a_batch() -> None:
         return [DiskOp(Op.WRITE, 0, 0, length, None, 0, DATA)] * n
 
     assert [weight(ops(3, length)) for length in (0, 512, 4096, 16 << 10)] == [3, 3, 3, 12]
-    assert weight(ops(1, 128 << 10)) == weight(ops(1, 1 << 20)) == 8
+    assert weight(ops(1, 128 << 10)) == weight(ops(1, 256 << 10)) == 8
+    assert weight(ops(1, 512 << 10)) == weight(ops(1, 1 << 20)) == 1, "what comes in parts is seen at once"
 
 
 def test_one_long_wait_among_short_ones_does_not_end_it() -> None:
