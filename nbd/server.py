@@ -321,8 +321,11 @@ class Session:
 
     def broken_off(self, why: str) -> None:
         self._stop_reading(why)
+        self._loop.call_soon(self._review)  # nothing else may be left to bring that about
 
     def settled(self) -> None:
+        if self._queries:
+            self._ask()
         if not self._within and not self._reading:  # a session that reads has nothing to gain by answers
             self._review()
 
@@ -332,15 +335,21 @@ class Session:
 
     def _ask(self) -> None:
         """Have the queries answered, unless too much is unsent; they may have far longer answers than requests."""
-        if self._queries and self._status_task is None and (self._closed or not self._sender.congested):
+        if self._queries and self._status_task is None and self._may_ask:
             self._status_task = self._loop.create_task(self._answer_queries())
             self._status_task.add_done_callback(self._status_ended)
+
+    @property
+    def _may_ask(self) -> bool:
+        transmission = self._transmission
+        assert transmission is not None
+        return self._closed or not (self._sender.congested or transmission.streaming)
 
     async def _answer_queries(self) -> None:
         """Answer one BLOCK_STATUS after the other; only they need a task, because they wait for a disk."""
         transmission, volume = self._transmission, self.volume
         assert transmission is not None and volume is not None
-        while self._queries and (self._closed or not self._sender.congested):
+        while self._queries and self._may_ask:
             query = self._queries.popleft()
             extents: list[tuple[int, int]] = []
             if not self._closed:

@@ -153,6 +153,11 @@ class Transmission:
         return heads
 
     @property
+    def streaming(self) -> bool:
+        """Whether a long read is sent as it comes: all other answers wait for its end."""
+        return self._stream is not None
+
+    @property
     def busy(self) -> bool:
         return self._room <= self._unsent or bool(self._held) or self.n_open >= REQUESTS_MAX
 

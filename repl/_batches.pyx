@@ -290,7 +290,7 @@ def leave_log(list requests, Py_ssize_t at, long long volume, dict refs, dict in
     return n
 
 
-def settle_epoch(list requests, long long volume, bytearray ranges, dict extents):
+def settle_epoch(list requests, long long volume, bytearray ranges, dict extents, dict inflight):
     cdef Py_ssize_t i, count = 0, n = len(requests)
     cdef long long legs, offset, end, first, extent
     cdef list rest = []
@@ -316,6 +316,7 @@ def settle_epoch(list requests, long long volume, bytearray ranges, dict extents
         key = extent
         extents[key] = extents.get(key, 0) + 1
         slot_set(r, _legs, legs & ~(IN_LOG | AL_REF))
+        inflight.pop(slot_get(r, _block_id), None)
     ranges += packed[:8 * count]
     return rest
 

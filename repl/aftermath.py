@@ -43,6 +43,8 @@ def follow(e: Engine, vol: Volume, old: State, new: State, *, tell_peer: bool) -
         e.log.close_epoch()
     if old.pdsk >= D.INCONSISTENT > new.pdsk and new.connected:
         e.log.mark_out_of_sync(vol)
+    if old.disk >= D.INCONSISTENT > new.disk:
+        e.replica.disk_lost()
     _sequences(e, vol, old, new)
     _disk(e, vol, old, new)
     if new.role == Role.PRIMARY and _no_data(new) and not (old.role == Role.PRIMARY and _no_data(old)):

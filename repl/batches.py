@@ -244,13 +244,15 @@ def leave_log(
 
 
 def settle_epoch(
-    requests: Sequence[Any], volume: int, ranges: bytearray, extents: dict[int, int]
+    requests: Sequence[Any], volume: int, ranges: bytearray, extents: dict[int, int],
+    inflight: MutableMapping[int, Any],
 ) -> list[Any]:  # fmt: skip
     """What is left in the transfer log of writes to *volume* that both nodes have answered.
 
     To *ranges* each adds a number of 64 bits of this processor: its first block, shifted by `RANGE_SHIFT`, and how many
-    it touches; in *extents* it adds one to its extent, on which it has a reference. Returns the requests that have to
-    be kept as they are, in order: of another volume, not answered, on one node only, no plain write, of two extents.
+    it touches; in *extents* it adds one to its extent, on which it has a reference; it leaves *inflight*. Returns the
+    requests that have to be kept as they are, in order: of another volume, not answered, on one node only, no plain
+    write, of two extents.
     """
     rest, packed = [], array("Q")
     for r in requests:
@@ -265,6 +267,7 @@ def settle_epoch(
         packed.append(first << RANGE_SHIFT | ((r.offset + r.length + 4095) >> 12) - first)
         extents[extent] = extents.get(extent, 0) + 1
         r.legs &= ~(IN_LOG | AL_REF)
+        inflight.pop(r.block_id, None)  # protocol A has no write ack
     ranges += packed.tobytes()
     return rest
 

@@ -9,7 +9,7 @@ with the flush that a barrier ack costs it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from .compiled import batches
 from .requests import PEER, Request
@@ -52,14 +52,16 @@ class Epoch:
         self.ranges: dict[int, bytearray] = {}
         self.extents: dict[int, dict[int, int]] = {}
 
-    def settle(self, volumes: Iterable[int]) -> int:
-        """Keep only the blocks of what both nodes have answered; returns of how many writes."""
+    def settle(self, volumes: Iterable[int], inflight: dict[int, Any]) -> int:
+        """Keep only the blocks of what both nodes have answered, also of *inflight*; returns of how many writes."""
         known = self.n_settled
         for volume in volumes:
-            ranges, extents = self.ranges.setdefault(volume, bytearray()), self.extents.setdefault(volume, {})
+            ranges, extents = self.ranges.get(volume, bytearray()), self.extents.get(volume, {})
             n = len(self.requests)
-            self.requests = batches.settle_epoch(self.requests, volume, ranges, extents)
-            self.n_settled += n - len(self.requests)
+            self.requests = batches.settle_epoch(self.requests, volume, ranges, extents, inflight)
+            if len(self.requests) < n:
+                self.ranges[volume], self.extents[volume] = ranges, extents
+                self.n_settled += n - len(self.requests)
         return self.n_settled - known
 
     def take_settled(self, other: Epoch) -> None:

@@ -64,6 +64,8 @@ class Flushes:
             for r in flush.volume.flush_batch:
                 r.legs |= PEER_OK
             self.leg_done(flush.volume, PEER)
+        else:
+            self.log.shortened()
 
     def refused(self, flush: PeerFlush) -> None:
         """The peer could not flush; the local disk alone answers."""

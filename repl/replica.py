@@ -70,6 +70,7 @@ class Replica:
         self.next_flush_at = 0.0  # while the peer writes …
         self.quiet_flush_at = 0.0  # … and when it does not
         self.last_write_at = -QUIET_S
+        self.held_until = 0.0  # a disk was lost: the peer hears of that before it may forget what was not flushed there
         self.flush_failed: set[int] = set()  # volumes
 
     # ------------------------------------------------------------------------------ receiving
@@ -346,7 +347,7 @@ class Replica:
             return  # `tick` comes back here; looking through all epochs each time would cost more than acks
         if self._flushes:
             self._flush()
-        else:
+        elif self.e.now >= self.held_until:
             while self.closed and not self.closed[0].active:
                 self._ack_epoch(self.closed.popleft())
 
@@ -355,11 +356,15 @@ class Replica:
         """Is it too early for a flush that only barrier acks need? Not when it has nothing to do."""
         return (
             self.stall is None and self.e.now < self._flush_due()
-            and any(v.stable_version != v.data_version for v in self.e.volumes.values() if v.local)
+            and any(
+                v.stable_version != v.data_version and v.config.disk_options.disk_flushes
+                for v in self.e.volumes.values()
+            )
         )  # fmt: skip
 
     def _flush_due(self) -> float:
-        return min(self.next_flush_at, max(self.quiet_flush_at, self.last_write_at + QUIET_S))
+        due = min(self.next_flush_at, max(self.quiet_flush_at, self.last_write_at + QUIET_S))
+        return max(due, self.held_until)
 
     def _ripe(self) -> list[PeerEpoch]:
         ripe = []
@@ -378,7 +383,7 @@ class Replica:
         """Begin a shared flush if one is due and none is running."""
         if self.flushing is not None:
             return
-        ripe = self._ripe() if self._flushes else []
+        ripe = self._ripe() if self._flushes and self.e.now >= self.held_until else []
         due = ripe and not self._pauses
         if not self.flush_waiting and not due:
             return
@@ -415,7 +420,8 @@ class Replica:
             # What was not made stable must stay in the peer's transfer log; it learns of our disk by P_STATE.
             if any(not epoch.dead for epoch in epochs):
                 self.e.drop(ConnState.NETWORK_FAILURE, "a flush for the peer failed; it must not forget its writes")
-            return
+                return
+            epochs = []
         for epoch in epochs:
             if not epoch.dead:
                 assert self.closed[0] is epoch
@@ -428,12 +434,23 @@ class Replica:
             self._flush()
         self.epochs_check()
 
-    def _pause(self, took: float) -> None:
+    @property
+    def _pause_max(self) -> float:
         net = self.e.config.net
-        patience = net.ko_count * net.timeout / 10 * PAUSE_PART if net.ko_count else PAUSE_MAX_S
-        longest = min(PAUSE_MAX_S, patience)
-        self.next_flush_at = self.e.now + longest
-        self.quiet_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), longest)
+        return min(PAUSE_MAX_S, net.ko_count * net.timeout / 10 * PAUSE_PART if net.ko_count else PAUSE_MAX_S)
+
+    def _pause(self, took: float) -> None:
+        self.next_flush_at = self.e.now + self._pause_max
+        self.quiet_flush_at = self.e.now + min(max(took * PAUSE_FACTOR, PAUSE_MIN_S), self._pause_max)
+
+    def disk_lost(self) -> None:
+        """A disk is gone, and what was not flushed there may be.
+
+        Barrier acks have a socket of their own, and would overtake the P_STATE that has the peer mark what is in its
+        log. A kernel is not kept waiting: its epochs were flushed one by one.
+        """
+        if self.e.link.peer_sends_flushes:
+            self.held_until = self.e.now + self._pause_max
 
     def _ack_epoch(self, epoch: PeerEpoch) -> None:
         self.stable.append(epoch)
@@ -479,6 +496,7 @@ class Replica:
         self.stable.clear()
         self.epoch = PeerEpoch()
         self.stall = None
+        self.held_until = 0.0
         self.draining = False
         self.stalled.clear()
         self.alone.clear()

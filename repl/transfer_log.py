@@ -65,7 +65,7 @@ class TransferLog:
     def settle(self, epoch: Epoch) -> None:
         """Let go of the requests of *epoch* that both nodes have answered, unless some of their answers may be held."""
         if not any(vol.gated for vol in self.e.volumes.values()):
-            self.n_settled += epoch.settle(self.e.volumes)
+            self.n_settled += epoch.settle(self.e.volumes, self.inflight)
         epoch.settle_at = len(epoch.requests) + SETTLE_EVERY
 
     def send_barrier(self, epoch: Epoch) -> None:
@@ -124,7 +124,6 @@ class TransferLog:
             )
         self.epochs.popleft()
         self._count_out(epoch)
-        self.asked_for_flush = False
         volumes, inflight = self.e.volumes, self.inflight
         at, requests = 0, epoch.requests
         while at < len(requests):
@@ -144,11 +143,19 @@ class TransferLog:
                     inflight.pop(r.block_id, None)  # protocols A and B have no write ack
         epoch.requests = []  # they know their epoch: a circle that only the garbage collector would find
         self._cool(epoch)
-        for vol in volumes.values():
-            if vol.al.n_wanted:
-                self.e.mirror.kick_activity_log(vol)
+        self.shortened()
         self._shrank()
         return ""
+
+    def shortened(self) -> None:
+        """The peer has flushed what we asked it to, or more: whoever needs another one may ask again.
+
+        Its barrier ack covers the epochs that were complete then, which the one with the flush in it was not.
+        """
+        self.asked_for_flush = False
+        for vol in self.e.volumes.values():
+            if vol.al.n_wanted:
+                self.e.mirror.kick_activity_log(vol)
 
     def _count_out(self, epoch: Epoch) -> None:
         """*epoch* is not in the log any more."""

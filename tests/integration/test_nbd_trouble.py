@@ -17,7 +17,7 @@ import uvloop
 from tandem.nbd.budget import INFLIGHT_BYTES_MAX
 from tandem.nbd.listener import EXHAUSTED_S, Listener
 from tandem.repl.edge.stream import BACKLOG_HIGH
-from tandem.repl.requests import Op
+from tandem.repl.requests import Op, Request
 
 from tests.nbd_serving import (
     KIB,
@@ -313,3 +313,51 @@ def test_big_writes_from_many_clients_at_once(serving: Serving, volume: RamVolum
         with client:
             assert [(a.cookie, a.error) for a in client.answers(1)] == [(n, 0)]
             assert volume.image[offsets[n] : offsets[n] + 4 * MIB] == bytes([n]) * 4 * MIB
+
+
+class FailsBehind(RamVolume):
+    """Nothing behind the first MiB can be read, and that is known only when what is before it has been sent."""
+
+    def submit(self, batch: list[Request]) -> None:
+        for r in batch:
+            if r.offset >= MIB:
+                r.error = errno.EIO
+                asyncio.get_running_loop().call_later(0.05, r.owner.finished, [r])
+            else:
+                super().submit([r])
+
+
+@pytest.mark.parametrize("length", [MIB + 512 * KIB, 2 * MIB])
+def test_a_stream_that_breaks_off_in_its_last_piece_ends_the_connection(tmp_path: Path, length: int) -> None:
+    with Serving(tmp_path, FailsBehind(SIZE)) as serving:
+        serving.server.budget.free = 0
+        raw = serving.client(SIMPLE)
+        raw.sock.settimeout(PATIENCE_S)
+        raw.sock.sendall(request(SIMPLE, READ, 1, 0, length))
+        assert len(receive_all(raw.sock)) == 16 + MIB
+
+
+def test_block_status_waits_for_the_end_of_a_stream(tmp_path: Path) -> None:
+    """Its answers may be long, and would have to be kept until then."""
+    volume = RamVolume(SIZE)
+    volume.holes[:] = bytes([0, 1]) * (len(volume.holes) // 2)
+    with Serving(tmp_path, volume) as serving:
+        serving.server.budget.free = 0
+        raw = Raw(serving.connect(), STRUCTURED, "", ALLOCATION)
+        raw.sock.settimeout(PATIENCE_S)
+        n = 50
+        queries = [request(STRUCTURED, STATUS, 2 + i, 0, SIZE) for i in range(n)]
+        raw.sock.sendall(request(STRUCTURED, READ, 1, 0, 32 * MIB) + b"".join(queries))
+        head = receive_exactly(raw.sock, 28)  # the stream has begun
+        (session,) = serving.server.sessions
+        transmission = session._transmission
+        assert transmission is not None
+        while serving.call(lambda: not session._queries and not transmission._n_later):
+            pass
+        assert serving.call(lambda: (session._status_task, len(session._queries))) == (None, n)
+        assert struct.unpack_from(">Q", head, 8) == (1,)
+        receive_exactly(raw.sock, 32 * MIB + 20)
+        for i in range(n):
+            _, _, _, cookie, length = struct.unpack(">IHHQI", receive_exactly(raw.sock, 20))
+            assert cookie == 2 + i
+            receive_exactly(raw.sock, length)

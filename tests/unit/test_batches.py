@@ -220,8 +220,10 @@ def test_settle_epoch(story: list[tuple[int, ...]], volume: int, settled: int) -
             if settled >> i & 1:
                 r.payload, r.waiting, r.legs = None, 0, BOTH_OK | MIRRORED | IN_LOG | AL_REF
         ranges, extents = bytearray(b"8 before"), {1: 5}
-        rest = twin.settle_epoch([*rs, "no request"], volume, ranges, extents)
-        return [r if isinstance(r, str) else r.cookie for r in rest], bytes(ranges), extents, image(rs)
+        inflight = {r.block_id: r for r in rs[::2]}
+        rest = twin.settle_epoch([*rs, "no request"], volume, ranges, extents, inflight)
+        found = [r if isinstance(r, str) else r.cookie for r in rest], bytes(ranges), extents
+        return *found, sorted(inflight), image(rs)
 
     told(tell)
 
@@ -231,7 +233,8 @@ def test_settled_writes_are_told_by_their_blocks() -> None:
     for r in rs:
         r.payload, r.legs = None, BOTH_OK | MIRRORED | IN_LOG | AL_REF
     ranges, extents = bytearray(), dict[int, int]()
-    assert TWINS[1].settle_epoch(rs, 0, ranges, extents) == rs[2:]
+    inflight = {r.block_id: r for r in rs}
+    assert TWINS[1].settle_epoch(rs, 0, ranges, extents, inflight) == rs[2:] == list(inflight.values())
     assert struct.unpack("=2Q", ranges) == (0 << 9 | 2, 768 << 9 | 256) and extents == {0: 2}
 
 

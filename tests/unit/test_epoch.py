@@ -11,7 +11,7 @@ from tandem.repl.epoch import SETTLE_EVERY
 from tandem.repl.events import LinkLost
 from tandem.repl.requests import Op, Request
 from tandem.repl.states import DiskState
-from tandem.repl.wire import Packet, pack_barrier_ack, pack_state, unpack_barrier
+from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack, pack_state, unpack_barrier, unpack_data
 
 from tests.scenarios.lone import PEER_SECONDARY, Lone
 
@@ -57,6 +57,41 @@ def test_a_long_epoch_keeps_only_what_is_on_its_way_and_some_more() -> None:
     assert epoch.requests[-7:] == waiting, "in the order they were sent"
     lose(lone)
     assert lone.vol.bitmap.weight == 3 * SETTLE_EVERY
+
+
+@pytest.mark.parametrize("protocol", ["A", "B", "C"])
+def test_nothing_of_a_settled_write_stays_behind(protocol: str) -> None:
+    lone = Lone(net={"max_epoch_size": 2, "protocol": protocol}).ready()
+    kind = {"B": P.RECV_ACK, "C": P.WRITE_ACK}.get(protocol)
+    for i in range(20):
+        r = lone.submit(Op.WRITE, i * 8192)
+        lone.settle()
+        if kind is not None:
+            lone.meta(lone.ack(r, kind))
+    log = lone.engine.log
+    assert log.n_settled == 16
+    lone.at(lone.now + 1)
+    lone.meta(*(pack_barrier_ack(epoch.barrier, epoch.n_sent) for epoch in log.epochs))
+    assert not log.inflight and not log.epochs and log.n_requests == log.n_settled == 0
+
+
+def test_an_answered_flush_that_frees_too_little_is_followed_by_another() -> None:
+    """It goes into the open epoch, whose barrier ack it can therefore not bring."""
+    lone = Lone(size=512 << 20, disk={"al_extents": 67}).ready()
+    for i in range(lone.vol.al.slots):
+        r = lone.submit(Op.WRITE, i << 22)
+        lone.settle()
+        lone.meta(lone.ack(r))
+    last = lone.submit(Op.WRITE, lone.vol.al.slots << 22)
+    lone.settle()
+
+    def flushes() -> list[int]:
+        return [unpack_data(p)[1] for p in lone.payloads(P.DATA) if len(p) == 24]
+
+    assert len(flushes()) == 1 and not last.waiting
+    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flushes()[0], 0, 1))
+    lone.settle()
+    assert len(flushes()) == 2
 
 
 def test_settled_writes_leave_the_log_with_their_barrier_ack() -> None:

@@ -298,6 +298,63 @@ def test_while_the_peer_writes_barrier_acks_wait_but_not_for_longer_than_it_does
     assert len(barrier_acks(lone)) == n + 1
 
 
+def paced(lone: Lone) -> None:
+    """Some epochs that no flush has made stable yet, while the peer goes on writing."""
+    lone.data(write(1), pack_barrier(0))
+    lone.settle()
+    lone.forget_keep_connect()
+    for i in range(2, 6):
+        lone.data(write(i), pack_barrier(i - 1))
+        lone.answer()
+        lone.at(lone.now + 0.02)
+    assert not barrier_acks(lone) and not flushes(lone)
+
+
+@pytest.mark.parametrize("how", ["write error", "read error", "flush behind it"])
+def test_barrier_acks_do_not_overtake_the_news_that_the_disk_is_lost(how: str) -> None:
+    """Else the peer would have forgotten, before it hears of that, what was never flushed here."""
+    lone = Lone().as_secondary()
+    paced(lone)
+    if how == "read error":
+        lone.data(pack_block_req(P.DATA_REQUEST, 0, 0, ID, 4096))
+        lone.answer(error=errno.EIO)
+    else:
+        lone.data(write(20))
+        lone.answer(error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == DiskState.DISKLESS and lone.sent(P.STATE)
+    lost = lone.now
+    if how == "flush behind it":
+        lone.data(flush(ID + 99))
+        lone.settle()
+        assert acks(lone)[-1][0] == "NEG_ACK"
+    lone.at(lost + replica.PAUSE_MAX_S - 0.01)
+    assert not barrier_acks(lone)
+    lone.at(lost + replica.PAUSE_MAX_S)
+    assert [barrier for barrier, _ in barrier_acks(lone)] == [1, 2, 3, 4]
+
+
+def test_without_flushes_barrier_acks_wait_for_none() -> None:
+    lone = Lone(disk={"disk_flushes": False}).as_secondary()
+    for i in range(1, 200):
+        lone.data(write(i & 63), pack_barrier(i - 1))
+        if i % 20 == 0:  # of an application, which would put the next one off again and again
+            lone.data(flush(ID + 1000 + i))
+        lone.settle()
+        lone.at(lone.now + 0.02)
+    assert len(barrier_acks(lone)) > 190
+
+
+def test_a_flush_that_waits_behind_a_failed_one_is_answered() -> None:
+    lone = Lone().as_secondary()
+    lone.data(write(1))
+    lone.settle()
+    lone.data(flush(ID + 1), flush(ID + 2))
+    lone.answer(*flushes(lone), error=errno.EIO)
+    lone.settle()
+    assert [(kind, block_id - ID) for kind, _, block_id in acks(lone)[-2:]] == [("NEG_ACK", 1), ("NEG_ACK", 2)]
+
+
 def test_what_a_flush_has_covered_needs_no_other_for_its_barrier_ack() -> None:
     lone = Lone().as_secondary()
     lone.data(write(1), pack_barrier(0))
