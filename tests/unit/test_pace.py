@@ -25,12 +25,13 @@ def test_a_target_asks_in_slices_with_rests_while_its_own_applications_are_at_wo
         lone.data(reply(256 * i, 256))
         lone.settle()
     assert requests(lone) == [(2048, 256)]
-    lone.at(lone.now + 0.5)
+    lone.at(lone.now + 0.2)
     lone.data(reply(2048, 256))
     lone.settle()
     rest = lone.engine.deadline()
-    assert requests(lone) == [(2048, 256)] and rest == pytest.approx(lone.now + pace.REST_FACTOR * 0.5)
-    lone.at(lone.now + pace.REST_FACTOR * 0.5)
+    assert requests(lone) == [(2048, 256)] and rest == pytest.approx(lone.now + pace.REST_FACTOR * 0.2)
+    assert rest is not None
+    lone.at(rest)
     assert requests(lone) == [(2048, 256), (2304, 256)]
 
 
