@@ -148,9 +148,9 @@ class TransferLog:
         return ""
 
     def shortened(self) -> None:
-        """The peer has flushed what we asked it to, or more: whoever needs another one may ask again.
+        """The peer has flushed what we asked it to, or more, or is lost: whoever needs another one may ask again.
 
-        Its barrier ack covers the epochs that were complete then, which the one with the flush in it was not.
+        A flush that was answered covers the epochs that were complete then, which the one with the flush in it was not.
         """
         self.asked_for_flush = False
         for vol in self.e.volumes.values():
@@ -247,7 +247,6 @@ class TransferLog:
         self.inflight = {}
         self.n_requests = self.n_settled = 0
         self.barrier_at = None
-        self.asked_for_flush = False
         self.kept = False
         finished: list[Request] = []
         flushes: list[PeerFlush] = list(self.fences.values())
@@ -277,9 +276,7 @@ class TransferLog:
         for flush in flushes:
             if flush.waiting:
                 self.e.flushes.leg_done(flush.volume, PEER)
-        for vol in volumes.values():
-            if vol.al.n_wanted:
-                self.e.mirror.kick_activity_log(vol)
+        self.shortened()
         self._shrank()
 
     def _miss_settled(self, vol: Volume, epochs: Iterable[Epoch]) -> None:
@@ -370,7 +367,7 @@ class TransferLog:
             return
         epoch = self.epoch_for_write()
         if not epoch.n_sent:
-            number = answered[0].volume if answered else next(n for n, ranges in settled[0].ranges.items() if ranges)
+            number = answered[0].volume if answered else next(iter(settled[0].ranges))
             self.send_flush(self.e.volumes[number])
         for r in answered:
             r.epoch = epoch

@@ -22,6 +22,7 @@ from tandem.repl.events import (
     Command,
     Connect,
     Effect,
+    LinkLost,
     LinkUp,
     Notify,
     Outbox,
@@ -49,6 +50,7 @@ from tandem.repl.wire import (
     packet,
     parse_header,
     parse_header80,
+    unpack_barrier,
 )
 
 from .pair import GENERATIONS, Entropy, Given
@@ -383,3 +385,14 @@ class Lone:
     def local_disk(self) -> DiskState:
         """The local disk's state now; as `conn`."""
         return self.vol.state.disk
+
+
+def lose(lone: Lone) -> None:
+    """The link breaks, and what follows from that is carried out."""
+    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
+    lone.settle()
+
+
+def barriers(lone: Lone) -> list[int]:
+    """The numbers of all P_BARRIERs sent."""
+    return [unpack_barrier(p) for p in lone.payloads(Packet.BARRIER)]

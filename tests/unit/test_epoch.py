@@ -8,23 +8,13 @@ from typing import Any
 import pytest
 from tandem.repl.config import Fencing
 from tandem.repl.epoch import SETTLE_EVERY
-from tandem.repl.events import LinkLost
 from tandem.repl.requests import Op, Request
 from tandem.repl.states import DiskState
-from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack, pack_state, unpack_barrier, unpack_data
+from tandem.repl.wire import Packet, pack_ack, pack_barrier_ack, pack_state, unpack_data
 
-from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.lone import PEER_SECONDARY, Lone, barriers, lose
 
 P = Packet
-
-
-def lose(lone: Lone) -> None:
-    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
-    lone.settle()
-
-
-def barriers(lone: Lone) -> list[int]:
-    return [unpack_barrier(p) for p in lone.payloads(P.BARRIER)]
 
 
 def settled_log(**how: Any) -> tuple[Lone, list[Request]]:

@@ -21,23 +21,13 @@ from tandem.repl.wire import (
     pack_barrier_ack,
     pack_data,
     pack_state,
-    unpack_barrier,
     unpack_data,
 )
 
-from tests.scenarios.lone import PEER_SECONDARY, Lone
+from tests.scenarios.lone import PEER_SECONDARY, Lone, barriers, lose
 
 AL_EXTENT = 4 << 20
 P = Packet
-
-
-def lose(lone: Lone) -> None:
-    lone.handle(LinkLost(lone.engine.link.ticket, "gone"))
-    lone.settle()
-
-
-def barriers(lone: Lone) -> list[int]:
-    return [unpack_barrier(p) for p in lone.payloads(P.BARRIER)]
 
 
 # ------------------------------------------------------------------------------------------- completion
