@@ -362,7 +362,7 @@ class Commands:
                 yield lambda resume, v=vol: self.e.when_quiet(v, lambda: resume(None), answered=True)  # type: ignore[misc]
             # Only a Primary makes a new generation when it loses its peer, so the peer must hold everything
             # stably (or be lost) before this node stops being one.
-            yield self.e.log.when_empty
+            yield self.e.log.when_stable
             if since != self._n_promotions:
                 return refusal(-19)
             code = yield from self._ask(vol, role=Role.SECONDARY)

@@ -66,6 +66,8 @@ class Flushes:
             self.leg_done(flush.volume, PEER)
         else:
             self.log.shortened()
+            if self.log.hurries:
+                self.log.hurry()
 
     def refused(self, flush: PeerFlush) -> None:
         """The peer could not flush; the local disk alone answers."""

@@ -94,11 +94,12 @@ class Growth:
             return
         vol.io_holds += 1
         vol.refresh()
-        # Applications are held. What is in flight, and what the peer has not made stable, ends on its own:
-        # until then it needs the old activity log.
-        self.e.log.when_empty(
-            lambda _: self.e.when_quiet(vol, lambda: self._move(vol, old, new, assume_clean, then))
-        )
+        # Applications are held. What is in flight ends on its own, and then what the peer has not made stable: until
+        # then it needs the old activity log.
+        def stable(_: None) -> None:
+            self.e.when_quiet(vol, lambda: self._move(vol, old, new, assume_clean, then))
+
+        self.e.when_quiet(vol, lambda: self.e.log.when_stable(stable))
 
     def _move(self, vol: Volume, old: Layout, new: Layout, assume_clean: bool, then: Then) -> None:
         """Write the metadata at its new place; a crash in between means a full sync."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from .compiled import batches
@@ -44,8 +45,9 @@ class TransferLog:
         self.barrier_at: float | None = None
         self.next_id = 1
         self.asked_for_flush = False
+        self.hurries = False  # what the peer was writing when it was asked to flush takes one more
         self.kept = False  # the log is from a connection that is gone, and waits for the next one
-        self._waiters: list[Callable[[None], None]] = []
+        self._waiters: list[tuple[Epoch, Callable[[None], None]]] = []  # each until this epoch is out of the log
 
     def epoch_for_write(self) -> Epoch:
         """The open epoch; ends the previous one with its P_BARRIER when it was closed."""
@@ -94,23 +96,35 @@ class TransferLog:
         elif self.barrier_at is None:
             self.barrier_at = self.e.now + BARRIER_DELAY_S
 
-    def when_empty(self, then: Callable[[None], None]) -> None:
-        """Call *then* once the peer has confirmed every write as stable, or is lost."""
-        if any(epoch.n_sent for epoch in self.epochs):
-            if self.e.link.peer_sends_flushes:  # our own kind puts barrier acks off until it has to flush anyway
-                self.close_epoch()
-                vol = next((vol for vol in self.e.volumes.values() if vol.mirror), None)
-                if vol is not None:
-                    self.send_flush(vol)
-            self.close_epoch()
-            self._waiters.append(then)
-        else:
+    def when_stable(self, then: Callable[[None], None]) -> None:
+        """Call *then* once the peer has confirmed every write sent until now as stable, or is lost.
+
+        Whatever is sent later is not waited for: other volumes may be written all the time.
+        """
+        self.close_epoch()
+        last = next((epoch for epoch in reversed(self.epochs) if epoch.n_sent), None)
+        if last is None:
             then(None)
+            return
+        self._waiters.append((last, then))
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Have the peer flush for those who wait: our own kind puts barrier acks off until it has to flush anyway."""
+        self.hurries = False
+        vol = next((vol for vol in self.e.volumes.values() if vol.mirror), None)
+        if self._waiters and self.e.link.peer_sends_flushes and vol is not None:
+            end = self.epochs.index(self._waiters[-1][0]) + 1
+            self.hurries = any(r.waiting & PEER for epoch in islice(self.epochs, end) for r in epoch.requests)
+            self.send_flush(vol)
+            self.close_epoch()
 
     def _shrank(self) -> None:
-        if self._waiters and not any(epoch.n_sent for epoch in self.epochs):
-            waiters, self._waiters = self._waiters, []
-            for then in waiters:
+        waiters, self._waiters = self._waiters, []
+        for epoch, then in waiters:
+            if epoch in self.epochs:
+                self._waiters.append((epoch, then))
+            else:
                 then(None)
 
     def barrier_acked(self, barrier: int, set_size: int) -> str:
@@ -144,7 +158,8 @@ class TransferLog:
         epoch.requests = []  # they know their epoch: a circle that only the garbage collector would find
         self._cool(epoch)
         self.shortened()
-        self._shrank()
+        if self._waiters:
+            self._shrank()
         return ""
 
     def shortened(self) -> None:
@@ -180,6 +195,7 @@ class TransferLog:
             self.epochs.remove(epoch)
             self._count_out(epoch)
             self._carry([other for other in epoch.requests if isinstance(other, Request)], [epoch])
+            self._wait_on([epoch])
             self._shrank()
 
     def drop_extents(self, vol: Volume, r: Request) -> None:
@@ -358,7 +374,14 @@ class TransferLog:
         self.close_epoch()
         for fence in fences.values():
             self.send_flush(fence.volume, answers=fence.answers)
+        self._wait_on(epochs)
         self._shrank()
+
+    def _wait_on(self, over: Iterable[Epoch]) -> None:
+        """What was left of the epochs *over* is in later ones: whoever waits for one of them waits for the last."""
+        if self.epochs:
+            over, last = list(over), self.epochs[-1]
+            self._waiters = [(last if epoch in over else epoch, then) for epoch, then in self._waiters]
 
     def _carry(self, answered: list[Request], epochs: Iterable[Epoch]) -> None:
         """Keep *answered* and the settled writes of *epochs*, which are over, until the peer acknowledges a barrier."""

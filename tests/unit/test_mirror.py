@@ -408,19 +408,53 @@ def test_a_long_log_asks_the_peer_to_flush_once(monkeypatch: pytest.MonkeyPatch)
     assert len(flushes) == 1 and lone.engine.congested
 
 
-def test_whoever_waits_for_an_empty_log_has_the_peer_flush_at_once() -> None:
+def test_whoever_waits_for_what_was_sent_has_the_peer_flush_at_once() -> None:
     lone = Lone().ready()
     r = lone.submit(Op.WRITE)
     lone.settle()
     lone.meta(lone.ack(r))
     heard: list[None] = []
-    lone.engine.log.when_empty(heard.append)
+    lone.engine.log.when_stable(heard.append)
     lone.take()
     assert lone.sent(P.DATA, P.BARRIER) == [P.DATA, P.BARRIER, P.DATA, P.BARRIER]
     (flush,) = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
-    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flush[1], 0, 1), pack_barrier_ack(0, 1))
+    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flush[1], 0, 1))
     assert not heard
-    lone.meta(pack_barrier_ack(1, 1))
+    lone.meta(pack_barrier_ack(0, 1))
+    assert heard == [None], "the flush that was sent for it is nobody's concern"
+
+
+def test_whoever_waits_for_what_was_sent_does_not_wait_for_what_comes_later() -> None:
+    lone = Lone(n_volumes=2).ready()
+    first = lone.submit(Op.WRITE)
+    lone.settle()
+    lone.meta(lone.ack(first))
+    heard: list[None] = []
+    lone.engine.log.when_stable(heard.append)
+    lone.submit(Op.WRITE, volume=1)
+    lone.settle()
+    lone.meta(pack_barrier_ack(0, 1))
+    assert heard == [None] and lone.engine.log.n_requests == 2, "a flush and the other volume's write"
+
+
+def test_what_the_peer_was_writing_when_it_was_asked_to_flush_takes_another_flush() -> None:
+    lone = Lone().ready()
+    r = lone.submit(Op.WRITE)
+    lone.settle()
+    heard: list[None] = []
+    lone.engine.log.when_stable(heard.append)
+    lone.take()
+
+    def flushes() -> list[int]:
+        return [unpack_data(p)[1] for p in lone.payloads(P.DATA) if len(p) == 24]
+
+    (flush,) = flushes()
+    lone.meta(lone.ack(r), pack_ack(P.WRITE_ACK, 0, 0, flush, 0, 1))
+    again = flushes()[1:]
+    assert len(again) == 1
+    lone.meta(pack_ack(P.WRITE_ACK, 0, 0, again[0], 0, 1))
+    assert len(flushes()) == 2, "all of it was written when that one began"
+    lone.meta(pack_barrier_ack(0, 1))
     assert heard == [None]
 
 
