@@ -129,7 +129,7 @@ class Disks:
         vol.la_size = sb.la_size_sect * SECTOR
         vol.data_size = disk.data_size
         vol.sparse = event.sparse
-        vol.stable_version, vol.flush_error = -1, 0  # a process before this one may have left something unflushed
+        vol.stable_version = -1  # a process before this one may have left something unflushed
         vol.usable = disk.layout.usable & ~(SECTOR - 1)
         vol.meta = MetaWriter(
             vol, lambda op: self.e.out.disk.append(op),
@@ -227,21 +227,27 @@ class Disks:
     # ------------------------------------------------------------------------------ failure and detach
 
     def failed(self, vol: Volume, error: int, write: bool, meta: bool = False, *, flush: bool = False) -> None:
-        """The local disk returned *error*; what follows is `on-io-error`, for metadata always detach.
+        """The local disk returned *error*; what follows is `on-io-error`, for metadata and flushes always detach.
 
-        *flush*: it was the data's flush, without which no metadata may be written. That costs the disk as well:
-        nobody knows which blocks are lost, and what metadata is on the disk still names all of them.
+        *flush*: what failed had to make data stable (a flush, or a write with FUA). It may have been about any
+        block written since the last one, and the kernel says so once. That costs the disk: nobody knows which blocks
+        are lost, and what metadata is on the disk still names all of them.
         """
         if vol.state.disk <= DiskState.FAILED:
             return
         policy = vol.config.disk_options.on_io_error
+        passed_on = policy == "pass_on" and not meta and not flush
         what = "meta-data" if meta and not flush else "data"
-        where = f"{vol.config.disk} in the flush before meta-data is written" if flush else vol.config.disk
+        during = ""
+        if flush:
+            during = " in the flush before meta-data is written" if meta else " in a flush"
+        also = ", detached all the same" if policy == "pass_on" and not passed_on else ""
         name = errno.errorcode.get(error, str(error))
         self.e.note(
-            vol, f"Local {what} IO error {name} on {where}, on-io-error {policy}", level="error"
-        )
-        if policy == "pass_on" and not meta:
+            vol, f"Local {what} IO error {name} on {vol.config.disk}{during}, on-io-error {policy}{also}",
+            level="error",
+        )  # fmt: skip
+        if passed_on:
             if write and vol.state.disk == DiskState.UP_TO_DATE:
                 self.e.change(vol, replace(vol.state, disk=DiskState.INCONSISTENT), hard=True, why="I/O error")
                 self.tell_inconsistent(vol)

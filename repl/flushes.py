@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from .epoch import PeerFlush
 from .local_flush import LocalFlushes
 from .requests import BOTH_OK, LOCAL, LOCAL_OK, PEER, PEER_OK
-from .states import DiskState
 from .volume import Volume
 
 if TYPE_CHECKING:
@@ -48,11 +47,7 @@ class Flushes:
             self._done(vol)
 
     def _flushed_locally(self, vol: Volume, error: int) -> None:
-        if error:
-            if vol.state.disk >= DiskState.CONSISTENT:  # pass_on kept it in the mirror: the flush failed
-                for r in vol.flush_batch:
-                    r.error = error
-        else:
+        if not error:
             for r in vol.flush_batch:
                 r.legs |= LOCAL_OK
         self.leg_done(vol, LOCAL)

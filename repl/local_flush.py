@@ -44,10 +44,7 @@ class LocalFlushes:
     def flush(self, vol: Volume, then: Then) -> None:
         """Call *then* when everything that the disk has answered is stable; never from within this call."""
         flush, version = vol.flushing, vol.data_version
-        if vol.flush_error:  # of an early flush: nobody was there to be told
-            error, vol.flush_error = vol.flush_error, 0
-            self.e.stories.append(lambda _: then(error))
-        elif vol.stable_version == version:
+        if vol.stable_version == version:
             self.e.stories.append(lambda _: then(0))
         elif flush is not None and flush.version == version:
             flush.then.append(then)
@@ -83,9 +80,7 @@ class LocalFlushes:
         if vol.flushing is flush:
             vol.flushing = None
         if op.error:
-            if not flush.then:
-                vol.flush_error = op.error
-            self.e.disks.failed(vol, op.error, write=True)
+            self.e.disks.failed(vol, op.error, write=True, flush=True)
         else:
             vol.stable_version = max(vol.stable_version, flush.version)
         for then in flush.then:

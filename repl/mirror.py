@@ -375,7 +375,7 @@ class Mirror:
                 self._fail(vol, r, errno.EIO)
             return
         vol.set_out_of_sync(r.offset, r.length)
-        self.e.disks.failed(vol, error, write=True)
+        self.e.disks.failed(vol, error, write=True, flush=bool(r.flags & FUA))
         if not r.waiting:
             finished.append(r)
 

@@ -320,7 +320,7 @@ class Replica:
             for extent in extents_touched(w.offset, w.length):
                 vol.al.put(extent)
         if w.error:
-            self.e.disks.failed(vol, w.error, write=True)
+            self.e.disks.failed(vol, w.error, write=True, flush=bool(w.flags & (FUA | PREFLUSH)))
         elif cmd == Packet.RS_WRITE_ACK:
             self.e.resync.progressed(vol)
         if w.tracked:

@@ -94,7 +94,6 @@ class Volume:
         self.data_version = 0  # counts completed data writes, so that a flush knows whether it is needed
         self.flushing: LocalFlush | None = None  # the latest flush that is out on the local disk
         self.stable_version = -1  # what a flush is known to have covered
-        self.flush_error = 0  # of a flush that nobody waited for
         self.asked_version = 0  # when a flush was last asked for
         self.flush_habit = 0  # flushes in a row that were asked for behind a single write
         # in flight

@@ -155,6 +155,14 @@ class FakeDevice:
                 kept.append(entry)
         self.cache = kept
 
+    def lose(self, entries: list[Unflushed], chooser: Chooser) -> None:
+        """*entries* could not be made durable: each survives in the cache, or is gone for good."""
+        lost = {id(entry.root) for entry in entries if chooser.choose(2)}
+        self.cache = [entry for entry in self.cache if id(entry.root) not in lost]
+        self.live = self.durable.copy()
+        for entry in self.cache:
+            entry.apply(self.live)
+
     def power_cut(self, chooser: Chooser) -> None:
         """Every unflushed write survives, vanishes or is torn at sectors; what is left is durable."""
         way = chooser.choose(3)  # 0: nothing unflushed survives, 1: all does, 2: each as it comes
@@ -270,6 +278,18 @@ class FakeDisk:
             data = op.payload if op.op == Op.WRITE else None
             flight.entry = device.write(op.offset, op.length, data, through=bool(op.flags & FUA))
         self.on_execute(self, op)
+
+    def fail(self, flight: Flight, chooser: Chooser) -> bool:
+        """Fail *flight*; True when that cost writes that had been answered, as it may if it was to make them durable.
+
+        Such a failure is told once: the next flush knows nothing of it. Source: fsync(2), EIO.
+        """
+        op, device = flight.op, self.devices[flight.op.area]
+        self.execute(flight, EIO)
+        if op.op != Op.FLUSH and not op.flags & (FUA | PREFLUSH):
+            return False
+        device.lose(device.completed(), chooser)
+        return True
 
     def complete(self, flight: Flight) -> DiskOp:
         """Take *flight* out of the queue; its operation is to be handed back to the machine now."""

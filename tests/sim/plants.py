@@ -17,6 +17,7 @@ from tandem.repl.bitmap import Bitmap
 from tandem.repl.bitmap_exchange import BitmapReceiver
 from tandem.repl.config import AfterSb, Fencing
 from tandem.repl.conflicts import Conflicts
+from tandem.repl.disks import Disks
 from tandem.repl.engine import Engine
 from tandem.repl.fencing import FencingRoom
 from tandem.repl.intervals import Intervals, Lock
@@ -31,7 +32,8 @@ from tandem.repl.transfer_log import TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
 
-from tests.sim.mix import LARGE, MIB, Mix
+from tests.sim import mixes
+from tests.sim.mix import Mix
 
 Patch = pytest.MonkeyPatch
 
@@ -214,42 +216,13 @@ def _page_not_written_on_eviction(mp: Patch) -> None:
     mp.setattr(Bitmap, "is_dirty", lambda self, page: False)
 
 
-def _many_extents_and_crashes(mix: Mix) -> Mix:
-    """More extents than the log holds, written mostly alone, and crashes."""
-    return replace(
-        mix, size=LARGE, n_spots=90, n_volumes=1, fresh=False, steps=700, client=15, queue_depth=16, flushes=0,
-        cut=0.1, reconnect=0.02, process_crash=0.02, power_cut=0.02, reboot=4, al_updates=True, eio=0.0,
-        fencing=Fencing.DONT_CARE, protocol="C", big_writes=False, admin=0,
-    )  # fmt: skip
+def _failed_flush_passed_on(mp: Patch) -> None:
+    original = Disks.failed
 
+    def failed(self: Any, *args: Any, flush: bool = False, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
 
-def _failing_disks(mix: Mix) -> Mix:
-    """Disks that fail single writes, of a connected pair."""
-    return replace(mix, eio=0.08, on_io_error="pass_on", cut=0, process_crash=0, power_cut=0, admin=0, client=15)
-
-
-def _power_cuts(mix: Mix) -> Mix:
-    """Power fails on small devices that are written much."""
-    return replace(mix, power_cut=0.1, reboot=4, eio=0.0, client=15, size=2 * MIB, fresh=False)
-
-
-def _power_cuts_behind_short_epochs(mix: Mix) -> Mix:
-    """A peer without power loses writes of which the log has only the blocks left."""
-    return replace(_power_cuts(mix), max_epoch_size=1, n_spots=12, flushes=0.1, protocol="C")
-
-
-def _process_crashes(mix: Mix) -> Mix:
-    """Primaries that crash with writes in flight and come back to a connected peer."""
-    return replace(mix, process_crash=0.15, power_cut=0, reboot=4, reconnect=4, eio=0.0, cut=0, client=15, admin=0)
-
-
-def _lost_links_under_stonith(mix: Mix) -> Mix:
-    return replace(mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", cut=0.3, client=15, eio=0.0)
-
-
-def _many_cuts(mix: Mix) -> Mix:
-    """Short connections, so that most resyncs are interrupted."""
-    return replace(mix, cut=0.3, reconnect=4, chunk=True, early=True, eio=0.0, n_spots=12)
+    mp.setattr(Disks, "failed", failed)
 
 
 def _log_not_applied(mp: Patch) -> None:
@@ -472,59 +445,6 @@ def _secondary_begins_a_generation(mp: Patch) -> None:
     mp.setattr(Engine, "change_conn", change_conn)
 
 
-def _leaves_often(mix: Mix) -> Mix:
-    """Secondaries that disconnect from a Primary."""
-    return replace(
-        mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", admin=4, client=15, size=2 * MIB, n_volumes=1,
-        two_primaries=False, fresh=False,
-    )  # fmt: skip
-
-
-def _ends_sessions(mix: Mix) -> Mix:
-    """Operators who demote by force."""
-    return replace(mix, admin=4, client=15, queue_depth=16)
-
-
-def _careful_without_fencing(mix: Mix) -> Mix:
-    """No split brain may come about, whatever the disks and the operator do."""
-    return replace(
-        mix, fencing=Fencing.DONT_CARE, risky=False, two_primaries=False, cut=0.1, eio=0.03, admin=1, fresh=False,
-        on_io_error="detach", after_sb=(AfterSb.DISCONNECT,) * 3,
-    )  # fmt: skip
-
-
-def _fua_at_once(mix: Mix) -> Mix:
-    """Two Primaries, one place, many FUA writes and power cuts."""
-    return replace(_two_write_at_once(mix), flushes=10, power_cut=0.1, reboot=4, queue_depth=16)
-
-
-def _fences_often(mix: Mix) -> Mix:
-    return replace(
-        mix, fencing=Fencing.RESOURCE_AND_STONITH, protocol="C", cut=0.3, reconnect=4, slow_handler=True,
-        lying_handler=True, client=15, size=2 * MIB, n_volumes=1, two_primaries=False,
-    )  # fmt: skip
-
-
-def _loses_links_unfrozen(mix: Mix) -> Mix:
-    return replace(
-        mix, fencing=Fencing.RESOURCE_ONLY, protocol="C", cut=0.3, client=15, size=2 * MIB, two_primaries=False
-    )
-
-
-def _splits_brains(mix: Mix) -> Mix:
-    return replace(
-        mix, fencing=Fencing.DONT_CARE, risky=True, cut=0.3, process_crash=0.15, client=15, size=2 * MIB,
-        after_sb=(AfterSb.DISCONNECT,) * 3, two_primaries=False,
-    )  # fmt: skip
-
-
-def _two_write_at_once(mix: Mix) -> Mix:
-    return replace(
-        mix, two_primaries=True, fencing=Fencing.DONT_CARE, protocol="C", n_spots=1, client=15, size=2 * MIB,
-        cut=0, process_crash=0, power_cut=0, eio=0, half_dead=0,
-    )  # fmt: skip
-
-
 PLANTS = (
     Plant("log not flushed", "metadata is written without preflush and FUA", _log_not_flushed),
     Plant("missing flush on the peer", "the peer answers a flush without flushing", _peer_not_flushed),
@@ -536,7 +456,7 @@ PLANTS = (
         "bit cleared too early",
         "bits are cleared before the block is on the target's disk",
         _bits_cleared_when_asked_for,
-        _many_cuts,
+        mixes.many_cuts,
     ),
     Plant("stale resync block", "resync does not lock out application writes", _stale_resync_block),
     Plant("overlaps not serialised", "overlapping writes are in flight together", _overlaps_not_serialised),
@@ -548,35 +468,61 @@ PLANTS = (
         "eviction without page",
         "an extent leaves the log, its bits are not on disk",
         _page_not_written_on_eviction,
-        _many_extents_and_crashes,
+        mixes.many_extents_and_crashes,
     ),
     Plant("log not applied", "attach ignores the activity log", _log_not_applied),
     Plant("bitmaps not merged", "the peer's bitmap is ignored", _bitmaps_not_merged),
     Plant("wrong UUID rule", "rules 50 and 70 have their signs swapped", _wrong_uuid_rule),
-    Plant("crash flag ignored", "rule 40 forgets who crashed", _crashed_primary_forgotten, _process_crashes),
+    Plant("crash flag ignored", "rule 40 forgets who crashed", _crashed_primary_forgotten, mixes.process_crashes),
     Plant("no primary mark", "PRIMARY_IND never reaches the disk", _primary_mark_missing),
-    Plant("stonith does not freeze", "I/O goes on while fencing", _stonith_does_not_freeze, _lost_links_under_stonith),
-    Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write, _failing_disks),
+    Plant(
+        "stonith does not freeze",
+        "I/O goes on while fencing",
+        _stonith_does_not_freeze,
+        mixes.lost_links_under_stonith,
+    ),
+    Plant("failed write acked", "the secondary acks what its disk failed", _ack_of_failed_write, mixes.failing_disks),
+    Plant(
+        "failed flush passed on",
+        "a disk stays in use after a flush that failed",
+        _failed_flush_passed_on,
+        mixes.failing_flushes,
+    ),
     Plant("local error ignored", "the primary ignores its disk's error", _local_error_ignored),
-    Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on, _power_cuts),
-    Plant("late answer counts", "fence-peer's answer outlives a reconnect", _late_answer_counts, _fences_often),
-    Plant("broken handler believed", "a failed fence-peer counts as success", _broken_handler_believed, _fences_often),
-    Plant("promotion unfenced", "a lone node is promoted unfenced", _promotion_without_fencing, _loses_links_unfrozen),
-    Plant("split brain joined", "an unsolved split brain gets a direction", _split_brain_joined, _splits_brains),
-    Plant("policy too bold", "disconnect is taken for discard-secondary", _policy_too_bold, _splits_brains),
-    Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, _splits_brains),
-    Plant("leaves UpToDate", "who leaves as the Outdated one stays UpToDate", _leaves_up_to_date, _leaves_often),
-    Plant("FUA superseded", "a FUA write that lost is answered at once", _superseded_fua, _fua_at_once),
-    Plant("superseded early", "a write that lost is answered too soon", _superseded_early, _two_write_at_once),
-    Plant("demotion at once", "requests outlive the role", _demotion_at_once, _ends_sessions),
-    Plant("needless generation", "a Secondary begins one", _secondary_begins_a_generation, _careful_without_fencing),
+    Plant("FUA dropped on the peer", "the peer does not write through", _fua_not_passed_on, mixes.power_cuts),
+    Plant("late answer counts", "fence-peer's answer outlives a reconnect", _late_answer_counts, mixes.fences_often),
+    Plant(
+        "broken handler believed",
+        "a failed fence-peer counts as success",
+        _broken_handler_believed,
+        mixes.fences_often,
+    ),
+    Plant(
+        "promotion unfenced",
+        "a lone node is promoted unfenced",
+        _promotion_without_fencing,
+        mixes.loses_links_unfrozen,
+    ),
+    Plant("split brain joined", "an unsolved split brain gets a direction", _split_brain_joined, mixes.splits_brains),
+    Plant("policy too bold", "disconnect is taken for discard-secondary", _policy_too_bold, mixes.splits_brains),
+    Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, mixes.splits_brains),
+    Plant("leaves UpToDate", "who leaves as the Outdated one stays UpToDate", _leaves_up_to_date, mixes.leaves_often),
+    Plant("FUA superseded", "a FUA write that lost is answered at once", _superseded_fua, mixes.fua_at_once),
+    Plant("superseded early", "a write that lost is answered too soon", _superseded_early, mixes.two_write_at_once),
+    Plant("demotion at once", "requests outlive the role", _demotion_at_once, mixes.ends_sessions),
+    Plant(
+        "needless generation",
+        "a Secondary begins one",
+        _secondary_begins_a_generation,
+        mixes.careful_without_fencing,
+    ),
     Plant(
         "settled forgotten",
         "answered writes are not marked",
         _settled_writes_forgotten,
-        _power_cuts_behind_short_epochs,
+        mixes.power_cuts_behind_short_epochs,
     ),
-    Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, _two_write_at_once),
+    Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, mixes.two_write_at_once),
 )
 
 __all__ = ["LOCAL", "LOCAL_OK", "PLANTS", "Plant", "peer"]

@@ -21,7 +21,7 @@ from . import admin, handlers
 from .checkers import Checks
 from .chooser import Chooser
 from .client import SECTOR, Ledger
-from .fake_disk import EIO, HostCrash
+from .fake_disk import HostCrash
 from .fake_link import LinkEnd, make_link
 from .mix import Mix, configuration
 from .node import Ask, Node
@@ -431,7 +431,8 @@ class World:
         flight = flights[self.chooser.choose(len(flights))]
         if node.primary and (flight.op.area == META or self.mix.on_io_error != "pass_on"):
             self.checks.generations.lost(node, volume, self.checks.record(node, volume))
-        node.disks[volume].execute(flight, EIO)
+        if node.disks[volume].fail(flight, self.chooser):
+            self.ledgers[volume].power_cut(node.index)
         self.checks.disk_broke(node, volume)
         self._complete(node, volume, [flight])
 

@@ -11,9 +11,18 @@ from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Attach, Attached, LinkLost, ReleaseDisk, RunHandler
 from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
-from tandem.repl.requests import DATA, META, DiskOp, Op
+from tandem.repl.requests import DATA, FUA, META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
-from tandem.repl.wire import Packet, Uuids, pack_data, pack_state, pack_state_change, pack_state_reply
+from tandem.repl.wire import (
+    Packet,
+    Uuids,
+    pack_ack,
+    pack_data,
+    pack_state,
+    pack_state_change,
+    pack_state_reply,
+    unpack_data,
+)
 
 from tests.scenarios.lone import IN_SYNC, PEER_SECONDARY, Lone
 from tests.scenarios.pair import GENERATIONS
@@ -242,6 +251,27 @@ def test_pass_on_keeps_the_disk_but_not_its_word() -> None:
     assert r.error == 0 and lone.vol.bitmap.weight == 1
 
 
+@pytest.mark.parametrize("op", [Op.FLUSH, Op.WRITE])
+def test_pass_on_does_not_keep_a_disk_that_cannot_make_writes_stable(op: Op) -> None:
+    """It may have lost any block since the last flush, and neither bitmap nor log would name them once it goes on."""
+    lone = Lone(disk={"on_io_error": "pass_on"}).ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    r = lone.submit(op, 8192, flags=FUA if op is Op.WRITE else 0)
+    lone.answer(*lone.disk, error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS
+    assert [n for n in lone.notes() if "IO error" in n] == [
+        "Local data IO error EIO on /dev/fake0 in a flush, on-io-error pass_on, detached all the same"
+    ]
+    if op is Op.WRITE:
+        lone.meta(lone.ack(r))
+    else:
+        (flush,) = [unpack_data(p) for p in lone.payloads(P.DATA) if len(p) == 24]
+        lone.meta(pack_ack(P.WRITE_ACK, 0, 0, flush[1], 0, 1))
+    assert r in lone.done and not r.error, "the peer has a good copy"
+
+
 def test_what_was_written_elsewhere_meanwhile_is_not_read_from_a_disk_that_passes_errors_on() -> None:
     lone = Lone(disk={"on_io_error": "pass_on"}, net={"allow_two_primaries": True}).ready()
     lone.submit(Op.WRITE)
@@ -275,6 +305,7 @@ def test_a_data_flush_that_fails_before_metadata_is_written_is_told_as_such_and_
     assert lone.local_disk() == D.DISKLESS
     assert [n for n in lone.notes() if "IO error" in n] == [
         f"Local data IO error EIO on /dev/fake0 in the flush before meta-data is written, on-io-error {policy}"
+        + (", detached all the same" if policy == "pass_on" else "")
     ]
 
 

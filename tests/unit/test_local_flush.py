@@ -24,6 +24,10 @@ class Application(ABC):
     lone: Lone
 
     @abstractmethod
+    def __init__(self, **disk: Any) -> None:
+        """*disk* are its options."""
+
+    @abstractmethod
     def write(self) -> None:
         """Begin the next write."""
 
@@ -177,9 +181,11 @@ def test_a_write_behind_the_early_flush_needs_another_and_ends_the_habit(side: t
     assert not app.flushes
 
 
+@pytest.mark.parametrize("policy", ["detach", "pass_on"])
 @each_side
-def test_an_early_flush_that_fails_costs_the_disk_at_once(side: type[Application]) -> None:
-    app = side()
+def test_an_early_flush_that_fails_costs_the_disk_at_once(side: type[Application], policy: str) -> None:
+    """Under pass_on too: the kernel tells once that writes are lost, and not which."""
+    app = side(on_io_error=policy)
     app.work()
     app.writes()
     app.flushed(error=errno.EIO)
@@ -187,8 +193,7 @@ def test_an_early_flush_that_fails_costs_the_disk_at_once(side: type[Application
     assert app.lone.local_disk() == DiskState.DISKLESS
 
 
-def test_a_disk_that_is_kept_all_the_same_fails_the_flush_that_comes_next() -> None:
-    """The kernel tells of lost writes once, and forgets them."""
+def test_a_disk_that_failed_makes_nothing_stable_for_the_peer() -> None:
     app = Theirs(on_io_error="pass_on")
     app.work()
     app.writes()

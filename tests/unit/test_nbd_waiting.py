@@ -231,4 +231,4 @@ def test_threads_that_python_has_not_made_leave_nothing_behind(bench: Bench) -> 
             bench.crowd.finished(bench.posted())
         assert not libc.pthread_join(thread, None)
     assert errors == [0] * 10
-    assert n_thread_states() == before
+    assert n_thread_states() <= before  # threads of other tests may end meanwhile
