@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 LOG_MAX: Final = 2_000_000  # writes in the transfer log before front ends stop reading: 16 MB of blocks …
-RECORDS_MAX: Final = 150_000  # … and of those that are kept one by one, which take 40 MB
+RECORDS_MAX: Final = 150_000  # … and of those that are kept one by one, which take 40 MB …
+EPOCHS_MAX: Final = 20_000  # … and epochs, which take 20 MB; of more than a hundred writes each they never come to that
 SETTLED_BEFORE: Final = 2  # epochs ago nearly all writes have been answered by now; each is looked at once more
 BARRIER_DELAY_S: Final = 0.02  # an idle sender closes its epoch after this; under load the next write does
 
@@ -439,9 +440,15 @@ class TransferLog:
 
     @property
     def full(self) -> bool:
-        return self.n_requests >= LOG_MAX or self.n_requests - self.n_settled >= RECORDS_MAX
+        return (
+            self.n_requests >= LOG_MAX or self.n_requests - self.n_settled >= RECORDS_MAX
+            or len(self.epochs) >= EPOCHS_MAX
+        )  # fmt: skip
 
     @property
     def half_full(self) -> bool:
         """Time to ask the peer for a flush, long before front ends have to stop."""
-        return self.n_requests >= LOG_MAX // 2 or self.n_requests - self.n_settled >= RECORDS_MAX // 2
+        return (
+            self.n_requests >= LOG_MAX // 2 or self.n_requests - self.n_settled >= RECORDS_MAX // 2
+            or len(self.epochs) >= EPOCHS_MAX // 2
+        )  # fmt: skip

@@ -398,9 +398,10 @@ def test_front_ends_pause_at_the_limits(monkeypatch: pytest.MonkeyPatch) -> None
     assert lone.engine.congested
 
 
-def test_a_long_log_asks_the_peer_to_flush_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_log, "RECORDS_MAX", 4)
-    lone = Lone().ready()
+@pytest.mark.parametrize("limit", ["RECORDS_MAX", "EPOCHS_MAX"])
+def test_a_long_log_asks_the_peer_to_flush_once(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer_log, limit, 4)
+    lone = Lone(net={"max_epoch_size": 1}).ready()
     for i in range(6):
         lone.submit(Op.WRITE, i * 8192)
         lone.settle()
