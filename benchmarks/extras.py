@@ -32,6 +32,7 @@ LOAD: Final = Workload("load", "load", "randwrite", 4 * KIB, 32)
 LONE_LOAD: Final = Workload("lone", "lone", "randwrite", 4 * KIB, 1)
 REPEATS: Final = 5  # of what takes about a second, and varies
 BESIDE_S: Final = 3.0  # how long fio writes, before and while something goes on beside it
+AGE_S: Final = 30.0  # how long nodes are written that count as old
 SETTLE_S: Final = 0.4
 SHARE_S: Final = 0.5
 BESIDE: Final = ("SyncSource", "VerifyS")
@@ -236,25 +237,40 @@ def scattered(directory: Path) -> list[Figure]:
 
 
 def cost_by_size(directory: Path) -> list[Figure]:
-    """CPU time of both nodes for a 4 KiB write on the largest device, to that on one of 1 GiB, the two in turn.
+    """CPU time of both nodes for a 4 KiB write on the largest device, to that on one of 1 GiB.
 
     All writes go to the first 256 MiB, so that only the size of the device differs.
     """
-    costs: dict[int, list[float]] = {}
-    ticks = os.sysconf("SC_CLK_TCK")
     with sparse_pair(directory, "small", GIB) as small, sparse_pair(directory, "large", LARGEST) as large:
         for system in (small, large):
             connect(system)
             run_fio(FILL, system, 256 * MIB, 1.0, 1)
-        for seed in range(1, REPEATS + 1):
-            for system in (small, large) if seed % 2 else (large, small):
-                before = cpu_seconds(system.pids, ticks)
-                job = run_fio(LOAD, system, 256 * MIB, 1.0, seed)
-                spent = cpu_seconds(system.pids, ticks) - before
-                costs.setdefault(system.size, []).append(spent / job["write"]["total_ios"])
-    ratios = [more / less for more, less in zip(costs[LARGEST], costs[GIB], strict=True)]
-    title = f"CPU per 4 KiB write on 15 TiB, to 1 GiB ({min(ratios):.2f} – {max(ratios):.2f})"
-    return [Figure(title, statistics.median(ratios), "", 1.1, more_is_better=False)]
+        return [_cost("CPU per 4 KiB write on 15 TiB, to 1 GiB", large, small)]
+
+
+def cost_by_uptime(directory: Path) -> list[Figure]:
+    """CPU time of both nodes for a 4 KiB write after millions of them, to that of nodes that have just begun."""
+    with sparse_pair(directory, "old", GIB) as old, sparse_pair(directory, "young", GIB) as young:
+        for system in (old, young):
+            connect(system)
+            run_fio(FILL, system, 256 * MIB, 1.0, 1)
+        n = run_fio(LOAD, old, 256 * MIB, AGE_S, 0)["write"]["total_ios"]
+        return [_cost(f"CPU per 4 KiB write after {n / 1e6:.1f} million, to new nodes", old, young)]
+
+
+def _cost(title: str, one: Tandem, other: Tandem) -> Figure:
+    """What a write on *one* costs, to what it costs on *other*, the two in turn."""
+    costs: dict[Tandem, list[float]] = {one: [], other: []}
+    ticks = os.sysconf("SC_CLK_TCK")
+    for seed in range(1, REPEATS + 1):
+        for system in (other, one) if seed % 2 else (one, other):
+            os.sync()  # or what was written before would be written back beside one of the two
+            before = cpu_seconds(system.pids, ticks)
+            job = run_fio(LOAD, system, 256 * MIB, 1.0, seed)
+            costs[system].append((cpu_seconds(system.pids, ticks) - before) / job["write"]["total_ios"])
+    ratios = [more / less for more, less in zip(costs[one], costs[other], strict=True)]
+    title = f"{title} ({min(ratios):.2f} – {max(ratios):.2f})"
+    return Figure(title, statistics.median(ratios), "", 1.1, more_is_better=False)
 
 
 class ManyTandems(Tandem):
@@ -325,4 +341,6 @@ def many(directory: Path) -> list[Figure]:
 
 
 ON_A_PAIR: Final[tuple[Callable[[Tandem, int], list[Figure]], ...]] = (writes_beside, verify)
-ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (attach, scattered, first_sync, cost_by_size, many)
+ALONE: Final[tuple[Callable[[Path], list[Figure]], ...]] = (
+    attach, scattered, first_sync, cost_by_size, cost_by_uptime, many,
+)  # fmt: skip
