@@ -35,6 +35,22 @@ def _find_packages() -> None:
             site.addsitedir(str(place))
 
 
+def _why_not(error: ImportError) -> str:
+    """What is wrong with the interpreter or its environment, and what to do."""
+    version = sys.version.split()[0]
+    if "lib-dynload" in Path(error.path or "").parts:  # of the standard library itself
+        return (
+            f"nbdkit's Python {version} cannot load the library of another Python, which it has found in "
+            f"{sys.base_prefix} by PATH or PYTHONHOME ({error}): start nbdkit without PYTHONHOME and with its own "
+            "Python first in PATH, such as PATH=/usr/bin:$PATH"
+        )
+    named = os.environ.get("VIRTUAL_ENV")
+    return (
+        f"{error}, looked for with nbdkit's Python {version}{f' and VIRTUAL_ENV={named}' if named else ''}: install "
+        "Tandem for it, or name with VIRTUAL_ENV a virtual environment of the same Python version that has Tandem"
+    )
+
+
 try:
     import tandem.tools.embedded  # noqa: F401
 except ImportError:
@@ -48,10 +64,7 @@ try:
     from tandem.tools.embedded import EmbeddedNode
     from tandem.tools.paths import NodePaths, default_config, default_node, default_run_dir
 except ImportError as error:
-    sys.exit(
-        f"tandem: {error}; nbdkit's interpreter is {sys.version.split()[0]}: install Tandem for it, or name the "
-        "virtual environment it is in with VIRTUAL_ENV"
-    )
+    sys.exit(f"tandem: {_why_not(error)}")
 
 API_VERSION: Final = 2
 PARAMETERS: Final = ("resource", "config", "node", "run-dir")
