@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
+try:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit("There is no matplotlib; `make bench` installs it.")
 
 mpl.rcParams["svg.hashsalt"] = "tandem"  # the same run gives the same file
 PERCENTILES = (("p50_us", "median"), ("p99_us", "99 %"), ("p999_us", "99.9 %"))
@@ -61,6 +64,23 @@ def _medians(runs: list[list[dict[str, float]]], field: str) -> list[float]:
     return [statistics.median(run[field] for run in one) for one in runs]
 
 
+def main() -> int:
+    if len(sys.argv) != 3:
+        print("usage: python benchmarks/plots.py RESULTS.json DIRECTORY", file=sys.stderr)
+        return 2
+    results, directory = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        for drawn in draw(found, directory):
+            print(drawn)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+    except (ValueError, KeyError, TypeError):
+        print(f"{results} holds no results that `run.py --json` wrote.", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
 if __name__ == "__main__":
-    for drawn in draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])):
-        print(drawn)
+    sys.exit(main())

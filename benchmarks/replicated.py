@@ -23,6 +23,8 @@ from workloads import MIB, PEER_BARS, descendants
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 QMP_S: Final = 60.0
+ADM_S: Final = 120.0  # no command takes so long, unless something is wrong
+DOWN_S: Final = 15.0  # a node that is not down by then is killed with whatever else is left at the end
 
 CONFIG: Final = """\
 resource %(name)s {
@@ -107,13 +109,18 @@ class Tandem(System):
     def pid(self, node: str) -> int:
         return int((self.directory / "run" / node / "r0.pid").read_text(encoding="ascii"))
 
-    def adm(self, node: str, *args: str) -> None:
-        """Run tandemadm as *node*."""
+    def adm(self, node: str, *args: str, limit_s: float = ADM_S) -> None:
+        """Run tandemadm as *node*. BenchError when it fails, or does not end within *limit_s* seconds."""
         command = [
             sys.executable, "-c", "from tandem.tools.adm import main; main()", "-c", str(self.directory / "conf"),
             "--node", node, "--run-dir", str(self.directory / "run"), *args,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), check=False)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=self.environment(), timeout=limit_s, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BenchError(f"tandemadm {' '.join(args)} on {node} did not end within {limit_s:.0f} s") from error
         if done.returncode:
             said = (done.stderr or done.stdout).strip()
             said += f" ({last_line(self.directory / 'run' / node / 'r0.log')})"
@@ -121,7 +128,7 @@ class Tandem(System):
 
     def _down(self, node: str) -> None:
         with contextlib.suppress(BenchError):
-            self.adm(node, "down", "r0")
+            self.adm(node, "down", "r0", limit_s=DOWN_S)
 
     def statuses(self, node: str) -> Iterator[tuple[float, dict[str, Any]]]:
         """The status of *node* now and whenever it changes, with the time it came."""
@@ -163,6 +170,16 @@ def other_tree(tree: Path) -> type[Tandem]:
     return Other
 
 
+def nbdkit_environment() -> dict[str, str]:
+    """What nbdkit with Python inside is run with.
+
+    That Python takes its library from wherever the first python3 of PATH is, and cannot load another one's, such
+    as that of the virtual environment this runs in. So the system's directories come first.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+    return kept | {"PATH": f"/usr/bin:/bin:{os.environ.get('PATH', '')}", "VIRTUAL_ENV": sys.prefix}
+
+
 class TandemInNbdkit(Tandem):
     """Tandem, with the Primary inside nbdkit."""
 
@@ -174,7 +191,9 @@ class TandemInNbdkit(Tandem):
     def unavailable(cls) -> str:
         if shutil.which("nbdkit") is None:
             return "nbdkit is not installed (Debian package nbdkit)"
-        probe = subprocess.run(["nbdkit", "python", "--dump-plugin"], capture_output=True, check=False)
+        probe = subprocess.run(
+            ["nbdkit", "python", "--dump-plugin"], capture_output=True, env=nbdkit_environment(), check=False
+        )
         return "nbdkit has no Python (Debian package nbdkit-plugin-python)" if probe.returncode else ""
 
     def start(self) -> None:
@@ -183,8 +202,8 @@ class TandemInNbdkit(Tandem):
         sock = self.directory / "alice.nbdkit"
         plugin = REPOSITORY / "nbd" / "nbdkit_plugin.py"
         where = [f"config={self.directory}/conf", "node=alice", f"run-dir={self.directory}/run"]
-        os.environ.setdefault("VIRTUAL_ENV", sys.prefix)
-        self.run(["nbdkit", "-f", "-U", str(sock), "python", str(plugin), "resource=r0", *where], sock)
+        command = ["nbdkit", "-f", "-U", str(sock), "python", str(plugin), "resource=r0", *where]
+        self.run(command, sock, nbdkit_environment())
         self.adm("bob", "wait-connect", "r0")
         self.adm("alice", "new-current-uuid", "--clear-bitmap", "r0")
         self.adm("alice", "primary", "r0")

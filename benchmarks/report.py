@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from extras import Figure
 from rich.console import Console
 from rich.table import Table
 from workloads import MIB, PEER_BARS, RATE, Measured, Workload
+
+WIDTH: Final = 160  # columns of tables that nobody reads on a terminal
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ending
 import extras
 import machine
+import options as command
 import report
 from extras import FILL
 from replicated import ALL, Tandem, other_tree
@@ -38,64 +39,36 @@ FAILURES = (BenchError, FioError, OSError, subprocess.SubprocessError)
 
 
 def main() -> int:
-    options = _options()
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    if shutil.which("fio") is None:
-        console.print("fio is not installed; on Debian: apt install fio nbdkit")
+    options = command.parse()
+    console = Console(width=None if sys.stdout.isatty() else report.WIDTH)
+    ending.on_signals()
+    try:
+        command.check(options)
+        systems = _chosen(options, console)
+        command.check_room(options, systems)
+        return _within(options, console, systems)
+    except FAILURES as error:
+        print(f"The benchmark cannot go on: {error}", file=sys.stderr)
         return 1
-    if options.plots and importlib.util.find_spec("matplotlib") is None:
-        console.print("There is no matplotlib for --plots; `make bench` installs it.")
-        return 1
-    systems = _chosen(options, console)
-    if REFERENCE not in [system.name for system in systems]:
-        return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
-    directory = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=options.dir))
+
+
+def _within(options: argparse.Namespace, console: Console, systems: list[type[System]]) -> int:
+    """A run in a directory of its own; afterwards neither that is there nor any process of it."""
+    directory = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=options.dir)).absolute()
+    ending.mark(directory)
     try:
         with contextlib.ExitStack() as stack:
-            return _run(options, console, systems, directory, stack)
-    except (BenchError, FioError) as error:
-        console.print(f"The benchmark could not go on: {error}", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+            try:
+                return _run(options, console, systems, directory, stack)
+            finally:
+                ending.begin()
     finally:
+        ending.end_leftovers(directory)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure Tandem against others with fio's nbd engine.")
-    parser.add_argument("--quick", action="store_true", help="under three minutes")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured there")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long one measurement takes")
-    parser.add_argument("--size", type=int, metavar="MIB", help="size of the exports (512; 256 with --quick)")
-    parser.add_argument("--workload", action="append", metavar="NAME", help="only these (may be repeated)")
-    parser.add_argument("--system", action="append", metavar="NAME", help="only these, and the reference")
-    parser.add_argument("--also", metavar="DIR", help="measure the Tandem of another checkout, too")
-    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where the backing files are made")
-    parser.add_argument("--no-resync", action="store_true", help="leave the resync out")
-    parser.add_argument("--no-extras", action="store_true", help="only fio's jobs; --quick implies it")
-    parser.add_argument("--plots", metavar="DIR", help="draw throughput and latency against queue depth there")
-    options = parser.parse_args()
-    if options.size is None:
-        options.size = 256 if options.quick else 512
-    if options.rounds < 1 or options.seconds < 0.1 or options.size < 16:
-        parser.error("at least one round, 0.1 seconds and 16 MiB are needed")
-    options.size *= MIB
-    if not Path(options.dir).is_dir():
-        parser.error(f"there is no directory {options.dir}")
-    if options.also and not (Path(options.also) / "repl").is_dir():
-        parser.error(f"there is no checkout of Tandem in {options.also}")
-    names = [w.name for w in WORKLOADS]
-    for name in options.workload or ():
-        if name not in names:
-            parser.error(f"no workload {name}; there are {', '.join(names)}")
-    return options
-
-
 def _chosen(options: argparse.Namespace, console: Console) -> list[type[System]]:
-    """The systems to be measured; says why one is not."""
+    """The systems to be measured; says why one is not. BenchError when the reference cannot be."""
     chosen: list[type[System]] = []
     candidates = [*ALL, other_tree(Path(options.also))] if options.also else list(ALL)
     for system in candidates:
@@ -105,9 +78,11 @@ def _chosen(options: argparse.Namespace, console: Console) -> list[type[System]]
             continue
         why = system.unavailable()
         if why:
-            console.print(f"Left out: {system.title}: {why}")
+            console.print(f"Left out: {system.title}: {why}", markup=False)
         else:
             chosen.append(system)
+    if REFERENCE not in [system.name for system in chosen]:
+        raise BenchError("without nbdkit there is nothing that ratios could be to; on Debian: apt install nbdkit")
     return chosen
 
 
@@ -117,7 +92,9 @@ def _run(
 ) -> int:  # fmt: skip
     described = machine.describe(directory)
     systems: list[System] = []
+    progress = Progress()
     for cls in classes:
+        progress.show("starting all systems", cls.title)
         system = cls(directory, options.size)
         stack.callback(system.stop)
         try:
@@ -142,9 +119,7 @@ def _run(
             # The order changes from round to round, so that nobody always comes after the same neighbour.
             taking_part = [system for system in systems if system.measures(workload)]
             for system in taking_part if number % 2 == 0 else reversed(taking_part):
-                if console.is_terminal:
-                    text = f"round {number + 1} of {options.rounds}: {workload.title}: {system.title}"
-                    console.print(text, end="\x1b[K\r", highlight=False)
+                progress.show(f"round {number + 1} of {options.rounds}: {workload.title}", system.title)
                 try:
                     with others.watch(every):
                         found = _measure(workload, system, options, number)
@@ -160,28 +135,58 @@ def _run(
             for system in systems:
                 if isinstance(system, Tandem) and system.name in RESYNCED:
                     resyncs[system.name].append(_resync(system, options))
-    figures = [] if options.quick or options.no_extras else _extras(options, console, systems, directory)
+    without = options.quick or options.no_extras
+    figures = [] if without else _extras(options, console, systems, directory, progress)
+    progress.clear()
     described["others during"] = others.share
     loops = [system.loops() for system in systems if isinstance(system, Tandem)]
     described["loops"] = " ".join(loops)
     notes = [*_resync_notes(resyncs, results), *loops, *_machine_notes(described)]
     titles = {system.name: system.title for system in systems}
     shown = [(w, results[w.name]) for w in workloads]
-    report.show(console, titles, REFERENCE, shown, notes)
-    peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)]
-    if peers and "tandem" in titles:
-        report.show_peers(console, titles, peers, shown)
+    peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)] if "tandem" in titles else []
     memory = [extras.Figure(f"peak memory of a process: {s.title}", extras.peak_rss(s.pids), "MiB") for s in systems]
-    report.show_figures(console, [*figures, *memory])
+    kept = Console(file=io.StringIO(), record=True, width=report.WIDTH)
+    for out in (console, kept):
+        report.show(out, titles, REFERENCE, shown, notes)
+        if peers:
+            report.show_peers(out, titles, peers, shown)
+        report.show_figures(out, [*figures, *memory])
     everything = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
+    _keep(options, everything, kept.export_text())
+    return 0
+
+
+def _keep(options: argparse.Namespace, everything: dict[str, Any], tables: str) -> None:
+    """Write what was asked for, so that figures, tables and plots are always of one run."""
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    if options.table:
+        Path(options.table).write_text(tables, encoding="utf-8")
     if options.plots:
         import plots  # Its library is not needed for anything else.
 
         plots.draw(everything, Path(options.plots))
-    return 0
+
+
+class Progress:
+    """What goes on, on stderr: one line that changes on a terminal, elsewhere a line for each new text."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def show(self, text: str, detail: str = "") -> None:
+        """*detail* changes too often for lines of its own."""
+        if sys.stderr.isatty():
+            line = f"{text}: {detail}" if detail else text
+            print(line[: shutil.get_terminal_size().columns - 1], end="\x1b[K\r", file=sys.stderr, flush=True)
+        elif text != self._last:
+            print(text, file=sys.stderr, flush=True)
+        self._last = text
+
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            print(end="\x1b[K", file=sys.stderr, flush=True)
 
 
 def _leave_out(console: Console, system: System, error: Exception) -> None:
@@ -192,7 +197,7 @@ def _leave_out(console: Console, system: System, error: Exception) -> None:
 
 
 def _extras(
-    options: argparse.Namespace, console: Console, systems: list[System], directory: Path
+    options: argparse.Namespace, console: Console, systems: list[System], directory: Path, progress: Progress
 ) -> list[extras.Figure]:
     """What is no fio job; the systems that were measured are idle meanwhile."""
     figures: list[extras.Figure] = []
@@ -203,8 +208,7 @@ def _extras(
     measures += [partial(measure, directory) for measure in extras.ALONE]
     for measure in measures:
         name = measure.func.__name__
-        if console.is_terminal:
-            console.print(name, end="\x1b[K\r", highlight=False)
+        progress.show(name.replace("_", " "))
         try:
             figures += measure()
         except FAILURES as error:

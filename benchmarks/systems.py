@@ -80,23 +80,26 @@ class System(ABC):
 
         It is filled in small pieces: ext4 (from Linux 6.16 on) caches what was written in large ones in
         large folios, and then every 4 KiB write walks all buffers of such a folio, which would be most of
-        what is measured.
+        what is measured. BenchError when the disk is full.
         """
         path = self.directory / name
         piece = bytes(range(256)) * 16
-        with open(path, "wb", buffering=0) as file:
-            for _ in range((self.size + SLACK) // len(piece)):
-                file.write(piece)
-        with open(path, "rb", buffering=0) as file:
-            while file.read(1 << 20):
-                pass
+        try:
+            with open(path, "wb", buffering=0) as file:
+                for _ in range((self.size + SLACK) // len(piece)):
+                    file.write(piece)
+            with open(path, "rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+        except OSError as error:
+            raise BenchError(f"{path} cannot be filled with {self.size >> 20} MiB: {error.strerror}") from error
         return path
 
-    def run(self, command: list[str], ready: Path) -> None:
+    def run(self, command: list[str], ready: Path, environment: dict[str, str] | None = None) -> None:
         """Start a server in the foreground of its own process; it is ready when it listens on its socket."""
         log = open(self.directory / "log", "ab")  # noqa: SIM115 - closed with the stack
         self.stack.callback(log.close)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self.stack.callback(end, process)
         deadline = time.monotonic() + START_S
         while not listens(ready):
@@ -204,8 +207,13 @@ class NbdServer(System):
                 raise BenchError(f"{self.title} did not start")
             time.sleep(0.01)
         self.pids.append(int(pid_file.read_text(encoding="ascii")))
-        self.stack.callback(os.kill, self.pids[0], signal.SIGTERM)
+        self.stack.callback(_terminate, self.pids[0])
         self.uri = f"nbd+unix:///disk?socket={sock}"
+
+
+def _terminate(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # a terminal's Ctrl-C reaches it, too
+        os.kill(pid, signal.SIGTERM)
 
 
 FIRST_PORT: Final = 15_000
