@@ -60,13 +60,13 @@ def check(options: argparse.Namespace) -> None:
     """Whether there is all that any run needs, and its results can be kept. BenchError with what is to be done."""
     if shutil.which("fio") is None:
         raise BenchError("fio is not installed, which makes all the load; on Debian: apt install fio nbdkit")
-    if options.plots and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("There is no matplotlib for --plots; `make bench` installs it.")
     for name in ("json", "table"):
         if getattr(options, name):
             _check_file(f"--{name}", Path(getattr(options, name)))
     if options.plots:
         _check_directory("--plots", Path(options.plots))
+        if importlib.util.find_spec("matplotlib") is None:
+            raise BenchError("there is no matplotlib for --plots; `make bench` installs it.")
     _check_directory("--dir", Path(options.dir))
     if len(os.fsencode(Path(options.dir).absolute())) > DIRECTORY_MAX:
         raise BenchError(

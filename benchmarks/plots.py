@@ -9,20 +9,19 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
-    import matplotlib as mpl
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
-except ImportError:
-    sys.exit("There is no matplotlib; `make bench` installs it.")
 
-mpl.rcParams["svg.hashsalt"] = "tandem"  # the same run gives the same file
 PERCENTILES = (("p50_us", "median"), ("p99_us", "99 %"), ("p999_us", "99.9 %"))
 
 
 def draw(found: dict[str, Any], directory: Path) -> list[Path]:
-    """One SVG per direction (4 KiB random writes and reads); the paths written."""
+    """One SVG per direction (4 KiB random writes and reads); the paths written. ImportError without matplotlib."""
+    from matplotlib import rcParams
+
+    rcParams["svg.hashsalt"] = "tandem"  # the same run gives the same file
     directory.mkdir(parents=True, exist_ok=True)
     made = []
     for rw, word in (("randwrite", "writes"), ("randread", "reads")):
@@ -36,6 +35,8 @@ def draw(found: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _figure(workloads: list[dict[str, Any]], titles: dict[str, str], title: str) -> Figure:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 5), layout="constrained")
     figure.suptitle(title)
     rate, latency = figure.subplots(1, 2)
@@ -73,6 +74,8 @@ def main() -> int:
         found = json.loads(results.read_text(encoding="utf-8"))
         for drawn in draw(found, directory):
             print(drawn)
+    except ImportError:
+        print("There is no matplotlib; `make bench` installs it.", file=sys.stderr)
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
     except (ValueError, KeyError, TypeError):

@@ -24,6 +24,8 @@ from tests.ledger import DEPTH, ConnectionLost, Ledger
 
 MIB = 1 << 20
 PATIENCE_S = 60.0
+# nbdkit's Python takes the library of the first python3 in PATH, which is to be the system's as it is.
+ENVIRONMENT = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"/usr/bin:/bin:{os.environ['PATH']}"}
 PLUGIN = Path(__file__).resolve().parents[2] / "nbd" / "nbdkit_plugin.py"
 
 
@@ -40,7 +42,7 @@ class Nbdkit:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [nbdkit, "-f", "-U", str(self.socket), *words, "python", str(PLUGIN), "resource=r0", *where, *more],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"VIRTUAL_ENV": sys.prefix},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT,
             )  # fmt: skip
 
     def uri(self, export: str = "r0", scheme: str = "nbd") -> str:
@@ -406,6 +408,40 @@ def test_what_is_wrong_on_the_command_line_is_one_sentence(program: FindProgram,
         where = [f"config={pair.config}", f"node={pair.first.name}", f"run-dir={pair.run_dir}"] if words else []
         done = subprocess.run(
             [program("nbdkit"), "-f", "-U", "-", "python", str(PLUGIN), *words, *where], capture_output=True, text=True,
-            env=os.environ | {"VIRTUAL_ENV": sys.prefix},
+            env=ENVIRONMENT,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (1, f"tandem: {sentence}\n")
+
+
+def test_another_pythons_library_is_one_sentence(program: FindProgram, directory: Path) -> None:
+    """As with pyenv first in PATH: a library of the right version, whose compiled modules are another Python's."""
+    library = Path(run("/usr/bin/python3", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))").strip())
+    other = directory / "lib" / library.name
+    (other / "lib-dynload").mkdir(parents=True)
+    for entry in library.iterdir():
+        if entry.name != "lib-dynload":
+            (other / entry.name).symlink_to(entry)
+    for module in (library / "lib-dynload").iterdir():
+        (other / "lib-dynload" / module.name).touch()
+    python = directory / "bin" / "python3"
+    python.parent.mkdir()
+    python.touch(0o755)
+    done = subprocess.run(
+        [program("nbdkit"), "-f", "-U", "-", "python", str(PLUGIN), "resource=r0"], capture_output=True, text=True,
+        env=ENVIRONMENT | {"PATH": f"{python.parent}:{ENVIRONMENT['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"the library of another Python, which it has found in {directory} by PATH" in done.stderr
+    assert "PATH=/usr/bin:$PATH" in done.stderr
+
+
+def test_without_tandem_it_says_where_it_has_looked(program: FindProgram, directory: Path) -> None:
+    alone = directory / "nbdkit_plugin.py"
+    alone.write_bytes(PLUGIN.read_bytes())
+    done = subprocess.run(
+        [program("nbdkit"), "-f", "-U", "-", "python", str(alone), "resource=r0"], capture_output=True, text=True,
+        env=ENVIRONMENT | {"VIRTUAL_ENV": str(directory)},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "No module named 'tandem', looked for with nbdkit's Python 3" in done.stderr
+    assert f"VIRTUAL_ENV={directory}: install Tandem for it, or name" in done.stderr
