@@ -13,6 +13,8 @@ BUILD_INPUTS := pyproject.toml setup.py repl/_batches.pyx repl/_slots.pxi repl/e
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 SAY_IF_PLAIN := ls repl/_batches.*.so > /dev/null 2>&1 || echo "Installed without compiled loops, as there is no C \
 	compiler: everything works, and short requests take up to twice the processor time."
+RESULTS := benchmarks/results
+PACKAGES := tests/debian-packages.sh
 LAB_WORKERS := 4  # guests mostly wait, so more of them than there are cores
 
 .PHONY: help demo migrate-demo test lab sim bench lint docs clean programs
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed  ## Two mirrored nodes to play with; STORY=1 plays a fa
 	@$(BIN)/python -m tandem.tools.demo $(if $(STORY),--story) $(if $(SEED),--seed $(SEED))
 
 migrate-demo: $(VENV)/.installed  ## A kernel's DRBD pair becomes a Tandem pair and a kernel's again, in use; needs root.
-	@tests/debian-packages.sh tests/lab/debian-packages.txt
+	@$(PACKAGES) tests/debian-packages.txt tests/lab/debian-packages.txt
 	@$(BIN)/python -m tests.lab.migrate
 
 test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, all tests; as root also `make lab`.
@@ -34,15 +36,17 @@ test: $(VENV)/.installed-test programs lint  ## Everything: lint, types, all tes
 	else echo "The tests against the kernel's DRBD were left out, because they need root: sudo make lab"; fi
 
 lab: $(VENV)/.installed-test  ## Against the kernel's own DRBD in small virtual machines; needs root.
-	@tests/debian-packages.sh tests/lab/debian-packages.txt
+	@$(PACKAGES) tests/debian-packages.txt tests/lab/debian-packages.txt
 	TANDEM_LAB=1 TANDEM_LAB_RESULTS=tests/lab/results.json $(BIN)/python -m pytest \
 	    --numprocesses $(LAB_WORKERS) --dist worksteal tests/lab
 
 sim: $(VENV)/.installed-test  ## Random runs of the simulator: N= how many, SEED= replays one.
 	@$(BIN)/python tests/sim/run.py $(if $(SEED),--seed $(SEED)) $(if $(N),--n $(N))
 
-bench: $(VENV)/.installed-bench programs  ## Side by side with others, half an hour; QUICK=1 takes under three minutes.
-	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick,--json benchmarks/results/run.json --plots benchmarks/results)
+bench: $(VENV)/.installed-bench  ## Side by side with others, half an hour; QUICK=1 takes under three minutes.
+	@$(PACKAGES) benchmarks/debian-packages.txt || echo "The benchmark leaves out what needs them." >&2
+	@$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick,--json $(RESULTS)/run.json --table $(RESULTS)/table.txt \
+	    --plots $(RESULTS))
 
 lint: $(VENV)/.installed-test  ## ruff, mypy --strict and the rules of the house.
 	$(BIN)/ruff check .
@@ -64,7 +68,7 @@ clean:  ## Remove the virtual environment and what programs left behind.
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 programs:
-	@tests/debian-packages.sh
+	@$(PACKAGES) tests/debian-packages.txt
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

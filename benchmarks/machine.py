@@ -13,10 +13,13 @@ import resource
 import shutil
 import subprocess
 import time
+import tomllib
 from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+REPOSITORY: Final = Path(__file__).resolve().parent.parent
 IDLE: Final = 0.05  # the share of the processors that others may use on a machine that counts as idle
 KTHREADD: Final = 2  # the parent of all threads of the kernel, which work for whoever writes and sends
 _LOOK_S: Final = 3.0
@@ -81,6 +84,8 @@ def _own_s(pids: Collection[int]) -> float:
 def describe(directory: Path) -> dict[str, str | int | float]:
     """The machine, the programs, and the file system of *directory*."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tandem": version_of_tandem(REPOSITORY),
         "processor": _field("/proc/cpuinfo", "model name") or platform.machine(),
         "processors": len(os.sched_getaffinity(0)),
         "memory": _field("/proc/meminfo", "MemTotal"),
@@ -89,10 +94,28 @@ def describe(directory: Path) -> dict[str, str | int | float]:
         "fio": _version(["fio", "--version"]),
         "nbdkit": _version(["nbdkit", "--version"]),
         "qemu-nbd": _version(["qemu-nbd", "--version"]),
+        "nbd-server": _version(["nbd-server", "-V"]),
+        "glusterfs": _version(["glusterfs", "--version"]),
         "file system": _version(["stat", "-f", "-c", "%T", str(directory)]),
         "load before": os.getloadavg()[0],
         "others before": Others().look(),
     }
+
+
+def version_of_tandem(tree: Path) -> str:
+    """The version that the tree names, and where it is a git clone of its own the commit and whether it was changed."""
+    version = str(tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+    if not (tree / ".git").exists() or shutil.which("git") is None:
+        return version
+    commit = _git(tree, "rev-parse", "HEAD")
+    if not commit:  # another user's clone, for one
+        return version
+    return f"{version}, commit {commit}{' + changes' if _git(tree, 'status', '--porcelain') else ''}"
+
+
+def _git(tree: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _field(path: str, name: str) -> str:

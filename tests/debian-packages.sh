@@ -1,9 +1,9 @@
 #!/bin/bash
-# Sees to it that the packages of a list are installed (debian-packages.txt, and those that are named): root
-# installs what is missing, anybody else is told the one line that does.
+# Sees to it that the packages of these lists (debian-packages.txt files) are installed: root installs what is
+# missing, anybody else is told the one line that does.
 set -eu -o pipefail
 
-mapfile -t wanted < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$(dirname "$0")/debian-packages.txt" "$@")
+mapfile -t wanted < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$@")
 
 if ! command -v dpkg-query > /dev/null; then
     echo "This is no Debian: install the equivalents of these packages yourself: ${wanted[*]}" >&2
@@ -19,7 +19,7 @@ done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" -ne 0 ]; then
-    echo "The tests need programs that are not installed:" >&2
+    echo "These programs are needed and not installed:" >&2
     echo "    sudo apt-get install --no-install-recommends ${missing[*]}" >&2
     exit 1
 fi

@@ -64,6 +64,38 @@ def test_the_reference_is_needed(program: FindProgram, tmp_path: Path) -> None:
     assert (done.returncode, "without nbdkit there is nothing" in done.stderr) == (1, True), done.stderr
 
 
+def test_the_line_in_the_readme_installs_the_list() -> None:
+    lines = (BENCHMARKS / "debian-packages.txt").read_text().splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    assert f"    apt install {' '.join(listed)}\n" in (BENCHMARKS / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "described"),
+    [
+        ("true", "1.2.3"),
+        ("git init -q . && git add -A && git commit -qm first", "1.2.3, commit COMMIT"),
+        ("git init -q . && git add -A && git commit -qm first && echo >> file", "1.2.3, commit COMMIT + changes"),
+    ],
+)  # fmt: skip
+def test_a_run_knows_which_tandem_it_measured(
+    program: FindProgram, tmp_path: Path, prepare: str, described: str
+) -> None:
+    git = program("git")
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    (tmp_path / "file").touch()
+    who = {f"GIT_{role}_{what}": "t@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["/bin/sh", "-c", prepare], cwd=tmp_path, env=os.environ | who, check=True)
+    if "COMMIT" in described:
+        head = subprocess.run([git, "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        described = described.replace("COMMIT", head.stdout.strip())
+    script = "import machine, pathlib, sys; print(machine.version_of_tandem(pathlib.Path(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=BENCHMARKS, check=False
+    )
+    assert (done.stdout, done.stderr) == (f"{described}\n", "")
+
+
 @pytest.mark.parametrize("words", [(), ("/no/such.json", "/tmp")])
 def test_plots_of_a_run_that_is_not_there(words: tuple[str, ...]) -> None:
     done = bench(*words, script="plots.py")
@@ -95,6 +127,26 @@ def test_nothing_is_left_however_often_it_is_interrupted(program: FindProgram, d
         assert process.stderr.read() == ""
         assert process.wait(PATIENCE_S) == 128 + signal.SIGINT
     assert not processes(run) and not list(directory.iterdir())
+
+
+def test_what_slipped_through_is_killed(tmp_path: Path) -> None:
+    """A program that nobody knows of any more, in a session of its own, and not one of another run."""
+    script = (
+        "import ending, os, pathlib, subprocess, sys\n"
+        "runs = [pathlib.Path(sys.argv[1], name) for name in ('this', 'that')]\n"
+        "started = []\n"
+        "for run in runs:\n"
+        "    ending.mark(run)\n"
+        "    started.append(subprocess.Popen(['cat'], stdin=subprocess.PIPE, start_new_session=True))\n"
+        "ending.end_leftovers(runs[0])\n"
+        "print(started[0].wait(), started[1].poll())\n"
+        "started[1].communicate()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE_S,
+        cwd=BENCHMARKS, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("-9 None\n", "")
 
 
 def processes(run: Path) -> list[str]:

@@ -32,6 +32,9 @@ from typing import Any, Final
 HERE: Final = Path(__file__).resolve().parent
 KERNEL: Final = Path("/usr/bin/linux.uml")
 MODULES: Final = Path("/usr/lib/uml/modules")
+PROGRAMS: Final = {  # what guests use of this machine -> Debian's package
+    "ip": "iproute2", "unshare": "util-linux", "drbdadm": "drbd-utils", "fio": "fio", "nbdsh": "python3-libnbd",
+}  # fmt: skip
 AGENT_PORT: Final = 7001
 HOST_LAN: Final = "10.77.0.254"
 BOOT_S: Final = 90.0  # a guest boots in 3 s on an idle machine
@@ -64,9 +67,9 @@ def missing() -> str:
         return "the laboratory needs root, for its networks"
     if not os.access(KERNEL, os.X_OK):
         return f"no kernel {KERNEL}; install Debian's package user-mode-linux"
-    for program in ("ip", "unshare", "drbdadm", "fio", "nbdsh"):
+    for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
-            return f"program {program} is missing"
+            return f"the laboratory's guests need the program {program}; install Debian's package {package}"
     return ""
 
 
