@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from replicated import Tandem
-from systems import BenchError
+from systems import PRIMARY, SECONDARY, BenchError, System
 from workloads import KIB, MIB, Workload, cpu_seconds, run_fio
 
 GIB: Final = 1 << 30
@@ -80,6 +80,14 @@ def connect(system: Tandem) -> None:
 def peak_rss(pids: Sequence[int]) -> float:
     """The most memory that the largest of these processes ever had, in MiB. Source: proc(5), VmHWM."""
     return max(_status(pid, "VmHWM") for pid in pids) / 1024
+
+
+def memory(system: System) -> list[Figure]:
+    """The peak memory of each part of a system."""
+    return [
+        Figure(f"peak memory of a process: {system.title}: {part}", peak_rss(pids), "MiB")
+        for part, pids in sorted(system.parts.items())
+    ]
 
 
 def _status(pid: int, field: str) -> int:
@@ -296,7 +304,8 @@ class ManyTandems(Tandem):
             self.stack.callback(self._all_down, node)
             self.adm(node, "up", "all")
             pids = [self.directory / "run" / node / f"{name}.pid" for name in self.names]
-            self.pids += [int(file.read_text(encoding="ascii")) for file in pids]
+            part = PRIMARY if node == "alice" else SECONDARY
+            self.parts[part] = [int(file.read_text(encoding="ascii")) for file in pids]
         for words in (["wait-connect"], ["new-current-uuid", "--clear-bitmap"], ["primary"]):
             self.adm("alice", *words, "all")
 

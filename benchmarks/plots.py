@@ -42,6 +42,8 @@ def _figure(workloads: list[dict[str, Any]], titles: dict[str, str], title: str)
     rate, latency = figure.subplots(1, 2)
     for number, system in enumerate(titles):
         part = [w for w in workloads if system in w["systems"]]
+        if not part:
+            continue  # a system that took part in others only is not to be looked for here
         depths, runs = [w["depth"] for w in part], [w["systems"][system]["runs"] for w in part]
         colour = f"C{number}"
         rate.plot(depths, _medians(runs, "ops_per_s"), "o-", color=colour, label=titles[system])

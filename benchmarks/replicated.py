@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from systems import BenchError, NbdkitFile, NbdServer, QemuNbd, System, free_port, last_line
+from systems import PRIMARY, SECONDARY, BenchError, NbdkitFile, NbdServer, QemuNbd, System, free_port, last_line
 from workloads import MIB, PEER_BARS, descendants
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ class Tandem(System):
         """Start *node*, which ends with this system."""
         self.stack.callback(self._down, node)
         self.adm(node, "up", "r0")
-        self.pids.append(self.pid(node))
+        self.parts[PRIMARY if node == "alice" else SECONDARY] = [self.pid(node)]
 
     @classmethod
     def loops(cls) -> str:
@@ -203,7 +203,7 @@ class TandemInNbdkit(Tandem):
         plugin = REPOSITORY / "nbd" / "nbdkit_plugin.py"
         where = [f"config={self.directory}/conf", "node=alice", f"run-dir={self.directory}/run"]
         command = ["nbdkit", "-f", "-U", str(sock), "python", str(plugin), "resource=r0", *where]
-        self.run(command, sock, nbdkit_environment())
+        self.run(command, sock, PRIMARY, nbdkit_environment())
         self.adm("bob", "wait-connect", "r0")
         self.adm("alice", "new-current-uuid", "--clear-bitmap", "r0")
         self.adm("alice", "primary", "r0")
@@ -225,7 +225,7 @@ class _QemuMirror(System):
         second, sock = self.directory / "second", self.directory / "sock"
         self.run(
             ["qemu-nbd", "-f", "raw", "-k", str(second), "-e", "8", "-t", "--cache=writeback", "--aio=threads",
-             str(self.backing_file("bob.img"))], second,
+             str(self.backing_file("bob.img"))], second, SECONDARY,
         )  # fmt: skip
         self.run(
             ["qemu-storage-daemon",
@@ -233,7 +233,7 @@ class _QemuMirror(System):
              "--blockdev", f"driver=nbd,node-name=there,server.type=unix,server.path={second}",
              *arguments,
              "--nbd-server", f"addr.type=unix,addr.path={sock},max-connections=8",
-             "--export", f"type=nbd,id=export,node-name={top},name=disk,writable=on"], sock,
+             "--export", f"type=nbd,id=export,node-name={top},name=disk,writable=on"], sock, PRIMARY,
         )  # fmt: skip
         self.uri = f"nbd+unix:///disk?socket={sock}"
 
@@ -313,13 +313,13 @@ class Gluster(System):
         work.mkdir()
         self.run(
             ["glusterd", "-N", "-f", str(self.directory / "glusterd.vol"), "-l", str(log), "-p",
-             str(self.directory / "pid")], self.directory / "glusterd.socket",
+             str(self.directory / "pid")], self.directory / "glusterd.socket", "glusterd",
         )  # fmt: skip
         self.stack.callback(self._stop_bricks)
         bricks = [f"{os.uname().nodename}:{self.directory}/brick{i}" for i in (1, 2)]
         self.gluster("volume", "create", "bench", "replica", "2", *bricks, "force")
         self.gluster("volume", "start", "bench")
-        self.pids += self._bricks()
+        self.parts |= {f"brick {i}": [pid] for i, pid in enumerate(self._bricks(), 1)}
         with open(self.directory / "log", "ab") as out:
             made = subprocess.run(
                 ["fio", "--name=make", *self.engine, "--rw=write", "--bs=1m", f"--size={self.size}"],
@@ -389,7 +389,11 @@ class KernelDrbd(System):
         assert self.guests.stdout is not None
         if self.guests.stdout.readline() != "ready\n":
             raise BenchError(f"{self.title} did not start: {last_line(self.directory / 'log')}")
-        self.pids += descendants(self.guests.pid)
+        for pid in descendants(self.guests.pid):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            for name, part in ((b"alice", PRIMARY), (b"bob", SECONDARY)):
+                if part not in self.parts and any(word.startswith(b"umid=" + name) for word in words):
+                    self.parts[part] = descendants(pid)  # its launcher, which has the guest's arguments, comes first
 
     def _end(self) -> None:
         assert self.guests.stdin is not None

@@ -58,6 +58,15 @@ def figure_text(workload: Workload, runs: Sequence[Measured]) -> str:
     return f"{value:,.0f} /s"
 
 
+def cpu_text(runs: Sequence[Measured]) -> str:
+    """The median CPU time per operation and, of a system of several parts, that of each in the order of their names."""
+    text = f"{statistics.median(run.cpu_us_per_op for run in runs):,.1f} µs"
+    parts = list(runs[0].cpu_parts)
+    if len(parts) == 1:
+        return text
+    return f"{text} ({' + '.join(f'{statistics.median(run.cpu_parts[p] for run in runs):,.1f}' for p in parts)})"
+
+
 def show(
     console: Console, titles: Mapping[str, str], reference: str,
     results: Sequence[tuple[Workload, Rounds]], notes: Sequence[str],
@@ -86,7 +95,7 @@ def show(
             table.add_row(
                 workload.title if i == 0 else "", titles[system], figure_text(workload, runs),
                 f"{p99:,.0f} µs" if (p99 := statistics.median(r.p99_us for r in runs)) else "",
-                f"{statistics.median(r.cpu_us_per_op for r in runs):,.1f} µs", ratio, cpu, bar,
+                cpu_text(runs), ratio, cpu, bar,
                 end_section=i == len(rounds) - 1,
             )  # fmt: skip
     console.print(table)

@@ -30,7 +30,7 @@ from extras import FILL
 from replicated import ALL, Tandem, other_tree
 from rich.console import Console
 from systems import BenchError, System
-from workloads import MIB, WORKLOADS, FioError, Measured, Workload, cpu_seconds, measured, run_fio
+from workloads import MIB, WORKLOADS, FioError, Measured, Workload, measured, run_fio
 
 REFERENCE = "nbdkit"
 RESYNCED = ("tandem", "other")
@@ -145,7 +145,7 @@ def _run(
     titles = {system.name: system.title for system in systems}
     shown = [(w, results[w.name]) for w in workloads]
     peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)] if "tandem" in titles else []
-    memory = [extras.Figure(f"peak memory of a process: {s.title}", extras.peak_rss(s.pids), "MiB") for s in systems]
+    memory = [figure for system in systems for figure in extras.memory(system)]
     kept = Console(file=io.StringIO(), record=True, width=report.WIDTH)
     for out in (console, kept):
         report.show(out, titles, REFERENCE, shown, notes)
@@ -218,10 +218,9 @@ def _extras(
 
 def _measure(workload: Workload, system: System, options: argparse.Namespace, number: int) -> Measured:
     os.sync()  # what the one before has written is not to be written back, or flushed, at the expense of this one
-    ticks = os.sysconf("SC_CLK_TCK")
-    before = cpu_seconds(system.pids, ticks)
+    before = system.cpu_seconds()
     fio = run_fio(workload, system, options.size, options.seconds, number + 1)
-    return measured(workload, fio, cpu_seconds(system.pids, ticks) - before)
+    return measured(workload, fio, {part: used - before[part] for part, used in system.cpu_seconds().items()})
 
 
 def _resync(system: Tandem, options: argparse.Namespace) -> float:

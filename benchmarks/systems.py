@@ -1,7 +1,7 @@
 """The systems under measurement: each knows how to start, where its NBD export is, and how to end.
 
 A system is a class with a `title`, an `unavailable` that says why it cannot take part (or nothing), and
-`start`, which fills in `uri` and `pids`. To add one, write its class and put it into `ALL` of `replicated`.
+`start`, which fills in `uri` and `parts`. To add one, write its class and put it into `ALL` of `replicated`.
 Everything a system starts is registered in its `ExitStack`, so it ends whatever happens, and nothing else
 does. Here are those with one file and one server; those with two copies are in `replicated`.
 """
@@ -20,9 +20,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final
 
-from workloads import Workload
+from workloads import Workload, cpu_seconds
 
 START_S: Final = 30.0
+SERVER, PRIMARY, SECONDARY = "server", "primary", "secondary"  # what the parts of a system are called
 SLACK: Final = 1 << 20  # what a backing file has beyond the measured size: room for internal metadata
 
 
@@ -45,7 +46,7 @@ class System(ABC):
         self.size = size
         self.stack = contextlib.ExitStack()
         self.uri = ""
-        self.pids: list[int] = []
+        self.parts: dict[str, list[int]] = {}
 
     @classmethod
     def unavailable(cls) -> str:
@@ -54,11 +55,21 @@ class System(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start it; afterwards `uri` can be opened and `pids` are its processes. Raises BenchError."""
+        """Start it; afterwards `uri` can be opened and `parts` has its processes. Raises BenchError."""
 
     def stop(self) -> None:
         """End everything that was started."""
         self.stack.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """All its processes."""
+        return [pid for pids in self.parts.values() for pid in pids]
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time that each of its parts has used so far; by name, so a primary comes before its secondary."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        return {part: cpu_seconds(pids, ticks) for part, pids in sorted(self.parts.items())}
 
     def measures(self, workload: Workload) -> bool:
         """Whether it takes part in that."""
@@ -95,7 +106,9 @@ class System(ABC):
             raise BenchError(f"{path} cannot be filled with {self.size >> 20} MiB: {error.strerror}") from error
         return path
 
-    def run(self, command: list[str], ready: Path, environment: dict[str, str] | None = None) -> None:
+    def run(
+        self, command: list[str], ready: Path, part: str = SERVER, environment: dict[str, str] | None = None
+    ) -> None:
         """Start a server in the foreground of its own process; it is ready when it listens on its socket."""
         log = open(self.directory / "log", "ab")  # noqa: SIM115 - closed with the stack
         self.stack.callback(log.close)
@@ -106,7 +119,7 @@ class System(ABC):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise BenchError(f"{self.title} did not start: {last_line(self.directory / 'log')}")
             time.sleep(0.01)
-        self.pids.append(process.pid)
+        self.parts[part] = [process.pid]
 
 
 def last_line(log: Path) -> str:
@@ -206,7 +219,7 @@ class NbdServer(System):
             if time.monotonic() > deadline:
                 raise BenchError(f"{self.title} did not start")
             time.sleep(0.01)
-        self.pids.append(int(pid_file.read_text(encoding="ascii")))
+        self.parts[SERVER] = [int(pid_file.read_text(encoding="ascii"))]
         self.stack.callback(_terminate, self.pids[0])
         self.uri = f"nbd+unix:///disk?socket={sock}"
 

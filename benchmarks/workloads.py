@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -91,15 +91,20 @@ PEER_BARS: Final = {  # what Tandem's ratio to another system with two copies is
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run of a workload on one system. Times in microseconds, 0 where unknown; CPU is of the server processes."""
+    """One run of a workload on one system. Times in microseconds, 0 where unknown; CPU is of the server processes.
+
+    Latencies begin before a request is submitted, which with some engines of fio is most of them.
+    """
 
     ops_per_s: float
     bytes_per_s: float
     latency_us: float  # mean; with fsync, of a write and its fsync together
     p50_us: float
+    p95_us: float
     p99_us: float
     p999_us: float
     cpu_us_per_op: float
+    cpu_parts: dict[str, float]  # part of the system, such as its primary -> its share of the CPU time per operation
 
     def figure(self, workload: Workload) -> float:
         return self.ops_per_s if workload.figure == RATE else self.latency_us
@@ -122,7 +127,7 @@ def run_fio(workload: Workload, target: Target, size: int, seconds: float, seed:
         f"--bs={workload.block}", f"--iodepth={workload.depth}", f"--size={share}", "--time_based",
         f"--numjobs={workload.jobs}", f"--offset_increment={share if workload.jobs > 1 else 0}",
         f"--runtime={round(seconds * 1000)}ms", f"--randseed={seed}", "--norandommap",
-        "--group_reporting", "--output-format=json",
+        "--lat_percentiles=1", "--clat_percentiles=0", "--group_reporting", "--output-format=json",
     ]  # fmt: skip
     if workload.fsync:
         command.append("--fsync=1")
@@ -140,25 +145,28 @@ def run_fio(workload: Workload, target: Target, size: int, seconds: float, seed:
     return job
 
 
-def measured(workload: Workload, job: dict[str, Any], cpu_s: float) -> Measured:
-    """fio's figures and the servers' CPU time as one value; of a mix, the latencies are those of its writes."""
+def measured(workload: Workload, job: dict[str, Any], cpu_s: Mapping[str, float]) -> Measured:
+    """fio's figures and the CPU time of a system's parts as one value; of a mix, the latencies are its writes'."""
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     if not sides or not sides[-1]["runtime"]:
         raise FioError("fio finished no operation")
     n = sum(side["total_ios"] for side in sides)
     seconds = max(side["runtime"] for side in sides) / 1000
     last = sides[-1]
-    # An fsync is no I/O of its own in fio's figures, so the time of the pair is what the run took, without percentiles.
-    percentiles = {} if workload.fsync else last["clat_ns"].get("percentile", {})
+    # An fsync is no I/O of its own in fio's figures: the time of the pair is what the run took. Percentiles fio has of
+    # writes and of fsyncs only, and those of a sum are not the sum of theirs.
+    percentiles = {} if workload.fsync else last["lat_ns"].get("percentile", {})
     latency = seconds / n * 1e6 if workload.fsync else last["lat_ns"]["mean"] / 1000
     return Measured(
         ops_per_s=n / seconds,
         bytes_per_s=n * workload.block / seconds,
         latency_us=latency,
         p50_us=percentiles.get("50.000000", 0) / 1000,
+        p95_us=percentiles.get("95.000000", 0) / 1000,
         p99_us=percentiles.get("99.000000", 0) / 1000,
         p999_us=percentiles.get("99.900000", 0) / 1000,
-        cpu_us_per_op=cpu_s / n * 1e6,
+        cpu_us_per_op=sum(cpu_s.values()) / n * 1e6,
+        cpu_parts={part: used / n * 1e6 for part, used in cpu_s.items()},
     )
 
 
