@@ -87,18 +87,11 @@ class System(ABC):
     # ------------------------------------------------------------------------------ for subclasses
 
     def backing_file(self, name: str) -> Path:
-        """A fully allocated file of the benchmark's size, all of it in the page cache.
-
-        It is filled in small pieces: ext4 (from Linux 6.16 on) caches what was written in large ones in
-        large folios, and then every 4 KiB write walks all buffers of such a folio, which would be most of
-        what is measured. BenchError when the disk is full.
-        """
+        """A fully allocated file of the benchmark's size, all of it in the page cache. BenchError when the disk is full."""
         path = self.directory / name
-        piece = bytes(range(256)) * 16
         try:
-            with open(path, "wb", buffering=0) as file:
-                for _ in range((self.size + SLACK) // len(piece)):
-                    file.write(piece)
+            path.touch()
+            fill(path, self.size + SLACK)
             with open(path, "rb", buffering=0) as file:
                 while file.read(1 << 20):
                     pass
@@ -120,6 +113,18 @@ class System(ABC):
                 raise BenchError(f"{self.title} did not start: {last_line(self.directory / 'log')}")
             time.sleep(0.01)
         self.parts[part] = [process.pid]
+
+
+def fill(path: Path, size: int) -> None:
+    """Write the first *size* bytes of a file, in small pieces.
+
+    ext4 (from Linux 6.16 on) caches what was written in large ones in large folios, and then every 4 KiB write walks
+    all buffers of such a folio, which would be most of what is measured.
+    """
+    piece = bytes(range(256)) * 16
+    with open(path, "r+b", buffering=0) as file:
+        for _ in range(size // len(piece)):
+            file.write(piece)
 
 
 def last_line(log: Path) -> str:
