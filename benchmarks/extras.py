@@ -21,10 +21,11 @@ from typing import Final
 
 from replicated import Tandem
 from systems import PRIMARY, SECONDARY, BenchError, System, fill
-from workloads import KIB, MIB, Workload, cpu_seconds, run_fio
+from workloads import KIB, MIB, Workload, cpu_seconds, measured, run_fio
 
 GIB: Final = 1 << 30
 TIB: Final = 1 << 40
+RESYNCED: Final = ("tandem", "other")
 LARGEST: Final = 15 * TIB  # ext4 has no larger files than 16 TiB less a block
 WATCH_S: Final = 10.0  # a sync that takes minutes is watched for so long
 FILL: Final = Workload("fill", "fill", "write", MIB, 8)
@@ -99,6 +100,28 @@ def _status(pid: int, field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     raise BenchError(f"the kernel does not tell {field} of process {pid}")
+
+
+@dataclass(frozen=True, slots=True)
+class Resynced:
+    """One resync of what was written while the peer was away, and what the same pair wrote, and copied, before it."""
+
+    n_bytes: int
+    bytes_per_s: float
+    writes_bytes_per_s: float  # of sequential writes of 1 MiB, of the same bytes, to both nodes
+
+
+def resync(system: Tandem, size: int, seconds: float, seed: int) -> Resynced:
+    """Dirty the first *size* bytes and copy them again; *seconds* is how long the writes beside it are measured."""
+    os.sync()
+    writes = measured(FILL, run_fio(FILL, system, size, seconds, seed), {})
+    n_bytes, took = system.resync(lambda: run_fio(FILL, system, size, fill_s(size), seed))
+    return Resynced(n_bytes, n_bytes / took, writes.bytes_per_s)
+
+
+def fill_s(size: int) -> float:
+    """How long fio is to write so that it has written *size* bytes at least once, on all but a slow disk."""
+    return 0.5 + size / (300 * MIB)
 
 
 def writes_beside(system: Tandem, size: int) -> list[Figure]:
@@ -179,14 +202,15 @@ def _verify_s(system: Tandem) -> float:
 def first_sync(directory: Path) -> list[Figure]:
     """How fast the first sync of a sparse 1 TiB device goes, with thin resync and without."""
     found = []
-    for title, option in (("", ""), (", rs-discard-granularity 1M", "rs-discard-granularity 1M;")):
+    title = f"first sync of a sparse 1 TiB device, in its first {WATCH_S:.0f} s"
+    for added, option in (("", ""), (", rs-discard-granularity 1M", "rs-discard-granularity 1M;")):
         with sparse_pair(directory, f"first{len(option)}", TIB, option) as system:
             for node in ("alice", "bob"):
                 system.up(node)
             system.adm("alice", "wait-connect", "r0")
             system.adm("alice", "primary", "--force", "r0")
             rate = _watched_rate(system)
-            found.append(Figure(f"first sync of a sparse 1 TiB device{title}", rate / 1e6, "MB/s"))
+            found.append(Figure(title + added, rate / 1e6, "MB/s"))
     return found
 
 

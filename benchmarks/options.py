@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from extras import GIB, RESYNCED
 from replicated import ALL
 from systems import SLACK, BenchError, System
 from workloads import MIB, WORKLOADS
@@ -100,6 +101,8 @@ def check_room(options: argparse.Namespace, chosen: Sequence[type[System]]) -> N
     """Whether the files of all systems find room. BenchError when they do not."""
     n_files = sum(2 if system.is_replicated else 1 for system in chosen)
     needed = n_files * (options.size + SLACK) + (0 if options.quick or options.no_extras else EXTRAS)
+    if not options.quick and not options.no_resync:
+        needed += sum(2 * (GIB + SLACK) for system in chosen if system.name in RESYNCED)
     free = shutil.disk_usage(options.dir).free
     if needed > free:
         raise BenchError(

@@ -26,14 +26,13 @@ import extras
 import machine
 import options as command
 import report
-from extras import FILL
+from extras import FILL, RESYNCED
 from replicated import ALL, Tandem, other_tree
 from rich.console import Console
 from systems import BenchError, System
 from workloads import MIB, WORKLOADS, FioError, Measured, Workload, measured, run_fio
 
 REFERENCE = "nbdkit"
-RESYNCED = ("tandem", "other")
 # Of one system; the others are measured all the same.
 FAILURES = (BenchError, FioError, OSError, subprocess.SubprocessError)
 
@@ -111,9 +110,10 @@ def _run(
     results: dict[str, dict[str, list[Measured]]] = {
         w.name: {s.name: [] for s in systems if s.measures(w)} for w in workloads
     }
-    resyncs: dict[str, list[float]] = {s.name: [] for s in systems if s.name in RESYNCED}
+    pairs = [] if options.no_resync else _resync_pairs(options, console, systems, directory, stack)
+    resyncs: dict[str, list[extras.Resynced]] = {pair.name: [] for pair in pairs}
     others = machine.Others()
-    every = [pid for system in systems for pid in system.pids]
+    every = [pid for system in (*systems, *pairs) for pid in system.pids]
     for number in range(options.rounds):
         for workload in workloads:
             # The order changes from round to round, so that nobody always comes after the same neighbour.
@@ -128,21 +128,23 @@ def _run(
                     systems.remove(system)
                     for rounds in results.values():
                         rounds.pop(system.name, None)
-                    resyncs.pop(system.name, None)
                 else:
                     results[workload.name][system.name].append(found)
-        if not options.no_resync:
-            for system in systems:
-                if isinstance(system, Tandem) and system.name in RESYNCED:
-                    resyncs[system.name].append(_resync(system, options))
+        for pair in pairs[:: 1 if number % 2 == 0 else -1]:
+            progress.show(f"round {number + 1} of {options.rounds}: resync", pair.title)
+            try:
+                resyncs[pair.name].append(extras.resync(pair, pair.size, options.seconds, number + 1))
+            except FAILURES as error:
+                console.print(f"Left out from here on: resync of {pair.title}: {error}", markup=False)
+                pairs.remove(pair)
     without = options.quick or options.no_extras
     figures = [] if without else _extras(options, console, systems, directory, progress)
     progress.clear()
     described["others during"] = others.share
     loops = [system.loops() for system in systems if isinstance(system, Tandem)]
     described["loops"] = " ".join(loops)
-    notes = [*_resync_notes(resyncs, results), *loops, *_machine_notes(described)]
     titles = {system.name: system.title for system in systems}
+    notes = [*_resync_notes(resyncs, {cls.name: cls.title for cls in classes}), *loops, *_machine_notes(described)]
     shown = [(w, results[w.name]) for w in workloads]
     peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)] if "tandem" in titles else []
     memory = [figure for system in systems for figure in extras.memory(system)]
@@ -223,29 +225,40 @@ def _measure(workload: Workload, system: System, options: argparse.Namespace, nu
     return measured(workload, fio, {part: used - before[part] for part, used in system.cpu_seconds().items()})
 
 
-def _resync(system: Tandem, options: argparse.Namespace) -> float:
-    """Bytes per second of copying one dirty region: the first 256 MiB (1 GiB at most)."""
-    size = min(options.size, 1 << 30)
-    seconds = 0.5 + size / (300 * MIB)
-    n_bytes, took = system.resync(lambda: run_fio(FILL, system, size, seconds, 1))
-    return n_bytes / took
-
-
-def _resync_notes(resyncs: dict[str, list[float]], results: dict[str, dict[str, list[Measured]]]) -> list[str]:
-    notes = []
-    for name, rates in resyncs.items():
-        if not rates:
+def _resync_pairs(
+    options: argparse.Namespace, console: Console, systems: list[System], directory: Path, stack: contextlib.ExitStack
+) -> list[Tandem]:
+    """What resyncs are measured on: with `--quick` the pairs that are there, else larger ones of their own."""
+    pairs = []
+    for system in systems:
+        if not isinstance(system, Tandem) or system.name not in RESYNCED:
             continue
-        spread = report.Spread.of(rates)
-        text = (
-            f"Resync of one dirty region ({name}): {spread.median / 1e6:,.0f} MB/s "
-            f"({spread.least / 1e6:,.0f} – {spread.greatest / 1e6:,.0f})"
+        if options.quick:
+            pairs.append(system)
+            continue
+        pair = type(system)(directory / "resync", extras.GIB)
+        stack.callback(pair.stop)
+        try:
+            pair.start()
+        except FAILURES as error:
+            console.print(f"Left out: resync: {pair.title}: {error}", markup=False)
+        else:
+            pairs.append(pair)
+    return pairs
+
+
+def _resync_notes(resyncs: dict[str, list[extras.Resynced]], titles: dict[str, str]) -> list[str]:
+    notes = []
+    for name, found in resyncs.items():
+        if not found:
+            continue
+        rates = report.Spread.of([one.bytes_per_s / 1e6 for one in found])
+        to_writes = report.Spread.of([one.bytes_per_s / one.writes_bytes_per_s for one in found])
+        notes.append(
+            f"{titles[name]}: resync of one dirty region of {min(one.n_bytes for one in found) / MIB:,.0f} MiB: "
+            f"{rates.median:,.0f} MB/s ({rates.least:,.0f} – {rates.greatest:,.0f}), "
+            f"{to_writes} of its 1 MiB write rate (bar ≥ 0.5)"
         )
-        writes = results.get("write-1m-qd8", {}).get(name)
-        if writes:
-            to_writes = report.Spread.of([r / w.bytes_per_s for r, w in zip(rates, writes, strict=True)])
-            text += f", {to_writes} of its 1 MiB write rate (bar ≥ 0.5)"
-        notes.append(text)
     return notes
 
 
@@ -263,8 +276,8 @@ def _machine_notes(described: dict[str, Any]) -> list[str]:
 
 def _found(
     options: argparse.Namespace, described: dict[str, Any], workloads: list[Workload],
-    results: dict[str, dict[str, list[Measured]]], resyncs: dict[str, list[float]], figures: list[extras.Figure],
-    titles: dict[str, str],
+    results: dict[str, dict[str, list[Measured]]], resyncs: dict[str, list[extras.Resynced]],
+    figures: list[extras.Figure], titles: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that was measured, for `--json`."""
     return {
@@ -287,7 +300,7 @@ def _found(
             }
             for workload in workloads
         ],
-        "resync_bytes_per_s": resyncs,
+        "resyncs": {name: [asdict(one) for one in found] for name, found in resyncs.items()},
         "figures": [asdict(figure) for figure in figures],
     }
 
