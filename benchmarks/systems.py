@@ -87,7 +87,7 @@ class System(ABC):
     # ------------------------------------------------------------------------------ for subclasses
 
     def backing_file(self, name: str) -> Path:
-        """A fully allocated file of the benchmark's size, all of it in the page cache. BenchError when the disk is full."""
+        """A fully allocated file of the benchmark's size, all in the page cache. BenchError when the disk is full."""
         path = self.directory / name
         try:
             path.touch()
