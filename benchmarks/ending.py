@@ -37,7 +37,8 @@ def begin() -> None:
         return  # a signal has begun it
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print("Ending what was started …", file=sys.stderr, flush=True)
+    clear = "\x1b[K" if sys.stderr.isatty() else ""  # of what goes on, which is on this line
+    print(f"{clear}Ending what was started …", file=sys.stderr, flush=True)
 
 
 def mark(run: Path) -> None:

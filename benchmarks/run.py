@@ -21,6 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+try:
+    from rich.console import Console
+except ImportError as error:
+    sys.exit(f"{error}: run it as .venv/bin/python benchmarks/run.py; `make bench` makes that virtual environment")
+
 import ending
 import extras
 import machine
@@ -28,7 +33,6 @@ import options as command
 import report
 from extras import FILL, RESYNCED
 from replicated import ALL, Tandem, other_tree
-from rich.console import Console
 from systems import BenchError, System
 from workloads import MIB, WORKLOADS, FioError, Measured, Workload, measured, run_fio
 
