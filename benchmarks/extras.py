@@ -111,6 +111,11 @@ class Resynced:
     writes_bytes_per_s: float  # of sequential writes of 1 MiB, of the same bytes, to both nodes
 
 
+def resync_pair(system: Tandem, directory: Path, quick: bool) -> Tandem:
+    """What resyncs of such a system are measured on: itself if it is to be quick, else a larger one, not started."""
+    return system if quick else type(system)(directory / "resync", GIB)
+
+
 def resync(system: Tandem, size: int, seconds: float, seed: int) -> Resynced:
     """Dirty the first *size* bytes and copy them again; *seconds* is how long the writes beside it are measured."""
     os.sync()

@@ -232,18 +232,16 @@ def _measure(workload: Workload, system: System, options: argparse.Namespace, nu
 def _resync_pairs(
     options: argparse.Namespace, console: Console, systems: list[System], directory: Path, stack: contextlib.ExitStack
 ) -> list[Tandem]:
-    """What resyncs are measured on: with `--quick` the pairs that are there, else larger ones of their own."""
+    """What resyncs are measured on, started."""
     pairs = []
     for system in systems:
         if not isinstance(system, Tandem) or system.name not in RESYNCED:
             continue
-        if options.quick:
-            pairs.append(system)
-            continue
-        pair = type(system)(directory / "resync", extras.GIB)
-        stack.callback(pair.stop)
+        pair = extras.resync_pair(system, directory, options.quick)
         try:
-            pair.start()
+            if pair is not system:
+                stack.callback(pair.stop)
+                pair.start()
         except FAILURES as error:
             console.print(f"Left out: resync: {pair.title}: {error}", markup=False)
         else:

@@ -1,13 +1,16 @@
-"""What the benchmark makes of fio's figures and of processor time: percentiles, parts of a system."""
+"""What the benchmark makes of fio's figures and of processor time: percentiles, a resync, parts of a system."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import resync, resync_pair
+from replicated import Tandem
 from report import cpu_text
 from systems import PRIMARY, SECONDARY, System
 from workloads import WORKLOADS, measured, run_fio
@@ -52,6 +55,38 @@ def test_fio_is_asked_for_the_percentiles_that_are_read() -> None:
     job = run_fio(LONE, NoDisk(), 16 << 20, 0.1, 1)
     assert job["write"]["lat_ns"]["percentile"].keys() >= times(0)["percentile"].keys()
     assert "percentile" not in job["write"]["clat_ns"]
+
+
+# ------------------------------------------------------------------------------------------ resync
+
+
+class Away(Tandem):
+    """A pair without nodes that copies all in four seconds, and counts how often it was written."""
+
+    engine = NoDisk.engine
+    n_written = 0
+
+    def execute(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        self.n_written += 1
+        short = ["--runtime=100ms" if word.startswith("--runtime=") else word for word in command]
+        return super().execute(short, limit_s)
+
+    def resync(self, write: Callable[[], object], during: Callable[[], object] | None = None) -> tuple[int, float]:
+        write()
+        return self.size, 4.0
+
+
+@pytest.mark.parametrize("quick, size", [(True, 256 << 20), (False, 1 << 30)])
+def test_a_whole_run_copies_a_gibibyte_whatever_the_export_is(tmp_path: Path, quick: bool, size: int) -> None:
+    system = Away(tmp_path, 256 << 20)
+    assert resync_pair(system, tmp_path, quick).size == size
+
+
+def test_a_resync_is_held_against_writes_to_the_same_pair(tmp_path: Path) -> None:
+    system = Away(tmp_path, 16 << 20)
+    found = resync(system, system.size, 0.1, 1)
+    assert (found.n_bytes, found.bytes_per_s) == (16 << 20, 4 << 20)
+    assert found.writes_bytes_per_s > 0 and system.n_written == 2  # once beside it, once without the peer
 
 
 # ------------------------------------------------------------------------------- parts of a system
