@@ -1,7 +1,7 @@
 """The systems that keep two copies: Tandem, alone and inside nbdkit, qemu's two mirrors, GlusterFS, the kernel's DRBD.
 
-All of them answer a write when both copies have it. `Tandem` also knows how to make and watch a resync, a
-verify and an attach, for `extras`.
+All of them answer a write when both copies have it, except that GlusterFS's client, as it is by default, answers some
+that it sends later. `Tandem` also knows how to make and watch a resync, a verify and an attach, for `extras`.
 """
 
 from __future__ import annotations
