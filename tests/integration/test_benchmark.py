@@ -109,6 +109,7 @@ def test_nothing_is_left_however_often_it_is_interrupted(program: FindProgram, d
     process = subprocess.Popen(
         [sys.executable, str(BENCHMARKS / "run.py"), *SHORT, "--seconds", "60", "--system", "tandem",
          "--dir", str(directory)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert process.stderr is not None
     with process:
