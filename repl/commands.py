@@ -151,7 +151,9 @@ class Commands:
         for vol in self._volumes(command):
             if vol.state.disk == DiskState.DISKLESS:
                 continue
-            if command.args.get("force"):
+            if vol.state.disk == DiskState.ATTACHING:
+                self.e.disks.give_up_attach(vol, "detach")
+            elif command.args.get("force"):
                 self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="detach --force")
             else:
                 trial = change(vol.state, replace(vol.state, disk=DiskState.FAILED), self.e.facts(vol))
@@ -512,6 +514,8 @@ class Commands:
             if vol.state.disk > DiskState.FAILED and vol.meta is not None:
                 yield lambda resume, v=vol: self.e.disks.detach_cleanly(v, resume)  # type: ignore[misc]
                 self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why="down", quiet=True)
+            elif vol.state.disk == DiskState.ATTACHING:
+                self.e.disks.give_up_attach(vol, "down")
             while self._has_disk(vol):
                 yield self.e.next_change
         return None

@@ -58,6 +58,11 @@ class Disks:
         self._answer(vol, Refusal(150, "Can only attach to the data we lost last (see kernel log).", why))
         self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why=why)
 
+    def give_up_attach(self, vol: Volume, why: str) -> None:
+        """*why* came while the disk was Attaching, which may take as long as it takes to read it: it is let go."""
+        self._answer(vol, Refusal(129, "Interrupted by Signal", f"{why} came before the disk was attached"))
+        self.e.change(vol, replace(vol.state, disk=DiskState.FAILED), hard=True, why=why)
+
     def failed_to_attach(self, vol: Volume, ticket: int, refusal: Refusal) -> None:
         if ticket == vol.attach_ticket and vol.state.disk == DiskState.ATTACHING:
             self.e.change(vol, replace(vol.state, disk=DiskState.DISKLESS), hard=True, why=refusal.text)

@@ -87,6 +87,9 @@ def add_options(world: World, options: list[Option]) -> None:
     w = world.mix.admin
     a, b = world.nodes
     for node in world.nodes:
+        if w and node.attaches and not (node.primary or node.opened):  # reading a large disk takes a while
+            options.append((w / 8, command, (node, "down")))
+            options.append((w / 8, command, (node, "detach", node.attaches[0].volume)))
         if node.engine is None or node.commands:
             continue
         if node.closing and not node.clients.open:

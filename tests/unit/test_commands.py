@@ -379,16 +379,6 @@ def test_down_demotes_disconnects_and_leaves_clean_metadata() -> None:
     assert written
 
 
-def test_down_of_a_running_attach_ends() -> None:
-    lone = Lone()
-    attach = lone.command("attach")
-    down = lone.command("down")
-    lone.handle(AttachFailed(lone.of(Attach)[-1].ticket, 0, Refusal(104, "Can not open backing device.")))
-    lone.settle()
-    assert lone.answered(attach) == Refusal(104, "Can not open backing device.")
-    assert lone.answered(down) == "done"
-
-
 # ------------------------------------------------------------------------------------------------ resize
 
 

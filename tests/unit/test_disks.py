@@ -9,7 +9,7 @@ import pytest
 from tandem.repl.attach import LoadedDisk
 from tandem.repl.config import Fencing
 from tandem.repl.errors import Refusal
-from tandem.repl.events import Attach, Attached, LinkLost, ReleaseDisk, RunHandler
+from tandem.repl.events import Attach, Attached, AttachFailed, LinkLost, ReleaseDisk, RunHandler
 from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
 from tandem.repl.requests import DATA, FUA, META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
@@ -413,3 +413,23 @@ def test_who_lost_its_disk_while_it_asked_for_a_resync_keeps_the_connection() ->
     lone.meta(pack_state_reply(1, 0, False))
     answer = lone.answered(ticket)
     assert isinstance(answer, Refusal) and answer.code == -4 and lone.conn() == C.CONNECTED
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("command", ["down", "detach"])
+def test_an_attach_that_is_under_way_is_given_up(command: str, late: bool) -> None:
+    """Reading a large bitmap takes a while, and a disk may not answer at all."""
+    lone = Lone()
+    attach = lone.command("attach")
+    ticket = lone.of(Attach)[-1].ticket
+    assert lone.local_disk() == D.ATTACHING
+    assert lone.run(command) == "done" and lone.local_disk() == D.DISKLESS
+    refused = lone.answered(attach)
+    assert isinstance(refused, Refusal) and refused.hint == f"{command} came before the disk was attached"
+    assert lone.of(ReleaseDisk)
+    refusal = Refusal(104, "Can not open backing device.")
+    lone.handle(Attached(ticket, 0, lone.loaded()) if late else AttachFailed(ticket, 0, refusal))
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS
+    lone.attach()
+    assert lone.local_disk() == D.UP_TO_DATE, "another one begins anew"
