@@ -44,8 +44,8 @@ class Receiver:
     Both may raise; the exception comes out of `receive`, and the stream is then of no further use.
     """
 
-    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_filled", "_mark", "_need", "_own", "_sock",
-                 "_tail", "_want")  # fmt: skip
+    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_expected", "_filled", "_long", "_mark", "_need",
+                 "_own", "_sock", "_tail", "_want")  # fmt: skip
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class Receiver:
         self._want = 0  # the length of the incomplete packet in _tail or _own, as far as it is known
         self._own: memoryview | None = None  # the buffer of a long incomplete packet
         self._filled = 0  # bytes of _own that are there
+        self._long = 0  # the length of the last packet, if that was a long one
+        self._expected = 0  # the length of the next packet, if it is like the last two
         self._mark = 0 if sock.family == socket.AF_UNIX else 1  # SO_RCVLOWAT; Unix sockets wake nobody by it
 
     def receive(self) -> int:
@@ -76,6 +78,8 @@ class Receiver:
         """
         if self._own is not None:
             return self._receive_own(self._own)
+        if self._expected and not self._tail:
+            return self._receive_expected()
         asked, tail = self._chunk, self._tail
         try:
             data = calls.receive(self._sock.fileno(), tail, asked)
@@ -93,10 +97,31 @@ class Receiver:
             self._tail = b""
             view = memoryview(data)
             used = self._consume(view)
+            if used:
+                self._long = 0
             if used < total:
                 self._keep(view[used:])
         if n == asked and self._own is not None:  # the rest of the long packet is there already
             n += max(self._receive_own(self._own), 0)
+        return n
+
+    def _receive_expected(self) -> int:
+        """Receive what should be another long packet where it is to stay, in one step if all of it is there."""
+        want = self._expected
+        own = _buffer(want)
+        try:
+            n = self._sock.recv_into(own)
+        except BlockingIOError:
+            return -1
+        used = self._consume(own[:n]) if n else 0
+        if used == want:
+            return n
+        self._expected = 0
+        if not used and n and self._need(own[:n]) == want:
+            self._begin_own(own, n, want)
+        elif used < n:
+            self._long = 0
+            self._keep(own[used:n])
         return n
 
     def _receive_own(self, own: memoryview) -> int:
@@ -142,6 +167,8 @@ class Receiver:
             self._wake_at(max(min(self._want - self._filled, WAKE_BYTES), 1))
         if self._filled == self._want:
             self._own = None
+            self._expected = self._want if self._want == self._long else 0
+            self._long = self._want
             used = self._consume(own)
             if used < len(own):
                 self._keep(own[used:])
@@ -161,12 +188,18 @@ class Receiver:
         if want - have < OWN_BUFFER_MIN:
             self._tail = bytes(rest)
             return
-        # numpy leaves the new memory as it is, where bytearray(n) would fill it with zeroes first.
-        own = numpy.empty(want, numpy.uint8).data
+        own = _buffer(want)
         own[:have] = rest
-        self._own = own
-        self._filled = have
+        self._begin_own(own, have, want)
+
+    def _begin_own(self, own: memoryview, filled: int, want: int) -> None:
+        self._own, self._filled, self._want = own, filled, want
         self._chunk = CHUNK_PROBE
+
+
+def _buffer(size: int) -> memoryview:
+    """numpy leaves new memory as it is, where bytearray would fill it with zeroes first."""
+    return numpy.empty(size, numpy.uint8).data
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import select
 import socket
@@ -129,6 +130,31 @@ def test_a_long_packet_is_received_in_its_own_buffer(pair: tuple[socket.socket, 
     assert len(sink.payloads[1].obj) == HEADER.size + len(long)  # type: ignore[arg-type]
 
 
+def test_a_run_of_long_packets_takes_one_receive_each(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    sink = Framed()
+    receiver = Receiver(theirs, sink.consume, sink.need)
+    payloads = [bytes([n]) * (OWN_BUFFER_MIN * 4) for n in range(5)]
+    packets = [framed([payload]) for payload in payloads]
+    for packet in packets[:2]:
+        ours.sendall(packet)
+        while receiver.receive() > 0:
+            pass
+    assert sink.payloads == payloads[:2]
+    ours.sendall(packets[2])
+    assert receiver.receive() == len(packets[2])
+    ours.sendall(packets[3][:50_000])
+    assert receiver.receive() == 50_000 and receiver.cut
+    ours.sendall(packets[3][50_000:])
+    assert receiver.receive() == len(packets[3]) - 50_000
+    ours.sendall(packets[4])
+    assert receiver.receive() == len(packets[4]), "the one before was like the others"
+    assert sink.payloads == payloads
+    assert all(len(p.obj) == len(packets[0]) for p in sink.payloads), "none was copied"  # type: ignore[arg-type]
+    ours.close()
+    assert not receiver.receive() and not receiver.cut
+
+
 @pytest.fixture
 def tcp_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -204,6 +230,31 @@ def test_any_packets_in_any_cuts(seed: int) -> None:
             at += step
         assert sink.payloads == payloads
         assert not receiver.cut
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_runs_of_packets_over_a_socket(seed: int, pair: tuple[socket.socket, socket.socket]) -> None:
+    """Packets that are as long as was to be expected, and others, sent in random pieces."""
+    draw = random.Random(seed)
+    sizes: list[int] = []
+    while len(sizes) < 60:
+        sizes += [draw.choice((1, 512, 4096, OWN_BUFFER_MIN, OWN_BUFFER_MIN * 3))] * draw.choice((1, 1, 2, 5, 9))
+    payloads = [draw.randbytes(size) for size in sizes]
+    stream = memoryview(framed(payloads))
+    ours, theirs = pair
+    ours.setblocking(False)
+    sink = Framed()
+    receiver = Receiver(theirs, sink.consume, sink.need)
+    at = 0
+    while at < len(stream) or receiver.cut:
+        with contextlib.suppress(BlockingIOError):
+            at += ours.send(stream[at : at + draw.choice((1, 100, 5000, 70_000, 300_000))])
+        for _ in range(draw.choice((1, 1, 3))):
+            receiver.receive()
+    while receiver.receive() > 0:
+        pass
+    assert sink.payloads == payloads
+    assert not receiver.cut
 
 
 def test_the_chunk_grows_with_the_load_and_shrinks_again(pair: tuple[socket.socket, socket.socket]) -> None:
