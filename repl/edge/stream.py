@@ -27,6 +27,7 @@ CHUNK_MIN: Final = 64 << 10  # what a quiet connection asks the kernel for
 CHUNK_MAX: Final = 1 << 20  # more does not make the batches better, and a kept slice keeps all of it
 CHUNK_PROBE: Final = 4 << 10  # after a long packet: another is likely, and its payload is not to be copied
 OWN_BUFFER_MIN: Final = 32 << 10  # a cut packet that lacks this much is received in its own buffer
+EXPECTED_MAX: Final = 512 << 10  # longer packets are hardly ever there as a whole
 WAKE_BYTES: Final = 256 << 10  # of a long packet: a wake-up costs as much as copying some 100 KiB
 IOV_MAX: Final = 1024  # buffers in one sendmsg, <limits.h> of Linux
 BACKLOG_HIGH: Final = 4 << 20  # unsent bytes at which the owner is told to slow down
@@ -119,6 +120,7 @@ class Receiver:
         self._expected = 0
         if not used and n and self._need(own[:n]) == want:
             self._begin_own(own, n, want)
+            self._wake_for_rest()
         elif used < n:
             self._long = 0
             self._keep(own[used:n])
@@ -163,19 +165,20 @@ class Receiver:
 
     def _fill_own(self, own: memoryview, n: int) -> None:
         self._filled += n
-        if n and self._mark:
-            self._wake_at(max(min(self._want - self._filled, WAKE_BYTES), 1))
+        if n:
+            self._wake_for_rest()
         if self._filled == self._want:
             self._own = None
-            self._expected = self._want if self._want == self._long else 0
+            self._expected = self._want if self._want == self._long <= EXPECTED_MAX else 0
             self._long = self._want
             used = self._consume(own)
             if used < len(own):
                 self._keep(own[used:])
 
-    def _wake_at(self, mark: int) -> None:
-        """Have the loop woken when so many bytes are there, or at the end of the stream; not by each segment."""
-        if mark != self._mark:
+    def _wake_for_rest(self) -> None:
+        """Have the loop woken when enough of it is there, or at the end of the stream; not by each segment."""
+        mark = max(min(self._want - self._filled, WAKE_BYTES), 1)
+        if self._mark and mark != self._mark:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._mark = mark
 

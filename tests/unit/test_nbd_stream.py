@@ -8,6 +8,7 @@ import random
 import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -169,15 +170,26 @@ def is_readable(sock: socket.socket, wait_s: float = 0.0) -> bool:
     return bool(select.select([sock], [], [], wait_s)[0])
 
 
-def test_a_long_packet_wakes_nobody_for_each_segment(tcp_pair: tuple[socket.socket, socket.socket]) -> None:
-    """Only a long piece of it, its end, and the end of the stream do; and then the next short one as usual."""
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_a_long_packet_wakes_nobody_for_each_segment(
+    n_before: int, tcp_pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """Only a long piece of it, its end, and the end of the stream do; and then the next short one as usual. After
+    *n_before* others of its length it is received where it is to stay from its first byte on."""
     ours, theirs = tcp_pair
     sink = Framed()
     receiver = Receiver(theirs, sink.consume, sink.need)
-    long = random.Random(2).randbytes(WAKE_BYTES * 2)
+    long = random.Random(2).randbytes(WAKE_BYTES * 2 - 1000)
+    sender = threading.Thread(target=ours.sendall, args=(framed([long] * n_before),))
+    sender.start()
+    while len(sink.payloads) < n_before:
+        assert is_readable(theirs, 10)
+        receiver.receive()
+    sender.join()
+    sink.payloads.clear()
     stream = framed([long, b"short"])
     at = 0
-    for step in (20_000, 1000):  # the header, and where the buffer of its own begins
+    for step in (20_000,) if n_before else (20_000, 1000):  # the header, and where the buffer of its own begins
         ours.sendall(stream[at : at + step])
         at += step
         assert is_readable(theirs, 10)
