@@ -83,8 +83,17 @@ def connect(system: Tandem) -> None:
 
 
 def peak_rss(pids: Sequence[int]) -> float:
-    """The most memory that the largest of these processes ever had, in MiB. Source: proc(5), VmHWM."""
-    return max(_status(pid, "VmHWM") for pid in pids) / 1024
+    """The most memory that the largest of these processes that still run ever had, in MiB. Source: proc(5), VmHWM.
+
+    Some may have ended: each process of a User-Mode-Linux guest is one of its host.
+    """
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError, BenchError):
+            found.append(_status(pid, "VmHWM"))
+    if not found:
+        raise BenchError("all of the processes have ended whose memory was asked for")
+    return max(found) / 1024
 
 
 def memory(system: System) -> list[Figure]:

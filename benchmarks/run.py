@@ -151,14 +151,18 @@ def _run(
     notes = [*_resync_notes(resyncs, {cls.name: cls.title for cls in classes}), *loops, *_machine_notes(described)]
     shown = [(w, results[w.name]) for w in workloads]
     peers = [s.name for s in systems if s.is_replicated and not isinstance(s, Tandem)] if "tandem" in titles else []
-    memory = [figure for system in systems for figure in extras.memory(system)]
+    for system in systems:
+        try:
+            figures += extras.memory(system)
+        except FAILURES as error:
+            console.print(f"Left out: memory of {system.title}: {error}", markup=False)
     kept = Console(file=io.StringIO(), record=True, width=report.WIDTH)
     for out in (console, kept):
         report.show(out, titles, REFERENCE, shown, notes)
         if peers:
             report.show_peers(out, titles, peers, shown)
-        report.show_figures(out, [*figures, *memory])
-    everything = _found(options, described, workloads, results, resyncs, [*figures, *memory], titles)
+        report.show_figures(out, figures)
+    everything = _found(options, described, workloads, results, resyncs, figures, titles)
     _keep(options, everything, kept.export_text())
     return 0
 

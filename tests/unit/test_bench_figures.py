@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import resync, resync_pair
+from extras import peak_rss, resync, resync_pair
 from replicated import Tandem
 from report import cpu_text
-from systems import PRIMARY, SECONDARY, System
+from systems import PRIMARY, SECONDARY, BenchError, System
 from workloads import WORKLOADS, measured, run_fio
 
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
@@ -118,3 +118,15 @@ def test_the_primary_comes_first_whoever_was_started_first(tmp_path: Path) -> No
     system.start()
     assert list(system.cpu_seconds()) == [PRIMARY, SECONDARY]
     assert sorted(system.pids) == sorted([os.getpid(), os.getppid()])
+
+
+def test_memory_is_of_the_processes_that_still_run() -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    zombie = [ended.pid]
+    assert peak_rss([*zombie, os.getpid()]) == peak_rss([os.getpid()])
+    with pytest.raises(BenchError, match="ended"):
+        peak_rss(zombie)
+    ended.wait()
+    with pytest.raises(BenchError, match="ended"):
+        peak_rss(zombie)
