@@ -6,6 +6,7 @@ never completes its epoch, and the connection ends.
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -27,23 +28,27 @@ def promote(pair: Pair) -> None:
 
 
 def at_once(pair: Pair, kernel: str, tandem: str, *options: str) -> None:
-    """The same fio job on both nodes, with other offsets and data; *kernel* and *tandem* say how much each writes."""
+    """The same fio job on both nodes, with other offsets and data; *kernel* and *tandem* say how much each writes.
+
+    The Tandem node writes as much again for as long as the kernel does: a guest may only begin when it is done.
+    """
     failed: list[Exception] = []
 
-    def run(node: Node, amount: str) -> None:
+    def run(node: Node, amount: str, seed: int) -> None:
         try:
             node.fio(
-                "--name=hot", f"--randseed={len(node.name)}", "--refill_buffers", "--norandommap",
-                f"--io_size={amount}", *options,
-            )  # fmt: skip
+                "--name=hot", f"--randseed={seed}", "--refill_buffers", "--norandommap", f"--io_size={amount}", *options
+            )
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=run, args=each) for each in ((pair.kernel, kernel), (pair.tandem, tandem))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    other = threading.Thread(target=run, args=(pair.kernel, kernel, 1))
+    other.start()
+    for seed in itertools.count(2):
+        run(pair.tandem, tandem, seed)
+        if failed or not other.is_alive():
+            break
+    other.join()
     assert not failed, failed
     met = any("Concurrent writes detected" in line for line in pair.tandem.log())
     assert met, "they never met, or the kernel decided"
