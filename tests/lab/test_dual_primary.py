@@ -30,7 +30,8 @@ def promote(pair: Pair) -> None:
 def at_once(pair: Pair, kernel: str, tandem: str, *options: str) -> None:
     """The same fio job on both nodes, with other offsets and data; *kernel* and *tandem* say how much each writes.
 
-    The Tandem node writes as much again for as long as the kernel does: a guest may only begin when it is done.
+    The Tandem node writes as much again until they have met, as a guest may only begin when it is done; and no longer,
+    or the kernel would hardly get on.
     """
     failed: list[Exception] = []
 
@@ -44,13 +45,14 @@ def at_once(pair: Pair, kernel: str, tandem: str, *options: str) -> None:
 
     other = threading.Thread(target=run, args=(pair.kernel, kernel, 1))
     other.start()
+    met = False
     for seed in itertools.count(2):
         run(pair.tandem, tandem, seed)
-        if failed or not other.is_alive():
+        met = any("Concurrent writes detected" in line for line in pair.tandem.log())
+        if met or failed or not other.is_alive():
             break
     other.join()
     assert not failed, failed
-    met = any("Concurrent writes detected" in line for line in pair.tandem.log())
     assert met, "they never met, or the kernel decided"
 
 
