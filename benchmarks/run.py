@@ -89,13 +89,12 @@ def _chosen(options: argparse.Namespace, console: Console) -> list[type[System]]
     return chosen
 
 
-def _run(
+def _started(
     options: argparse.Namespace, console: Console, classes: list[type[System]], directory: Path,
-    stack: contextlib.ExitStack,
-) -> int:  # fmt: skip
-    described = machine.describe(directory)
+    stack: contextlib.ExitStack, progress: Progress,
+) -> list[System]:  # fmt: skip
+    """All systems that start, with their exports written once."""
     systems: list[System] = []
-    progress = Progress()
     for cls in classes:
         progress.show("starting all systems", cls.title)
         system = cls(directory, options.size)
@@ -107,6 +106,16 @@ def _run(
             _leave_out(console, system, error)
         else:
             systems.append(system)
+    return systems
+
+
+def _run(
+    options: argparse.Namespace, console: Console, classes: list[type[System]], directory: Path,
+    stack: contextlib.ExitStack,
+) -> int:  # fmt: skip
+    described = machine.describe(directory)
+    progress = Progress()
+    systems = _started(options, console, classes, directory, stack, progress)
     workloads = [
         w for w in WORKLOADS
         if (w.name in options.workload if options.workload else w.quick or not options.quick)
