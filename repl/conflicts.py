@@ -1,32 +1,47 @@
 """Two Primaries: whose write comes first when both change the same sectors at once.
 
 Both nodes must end with the same bytes, and neither can see what the other has under way. So one of them
-decides, the resolver (the node that accepted the meta socket). A write of the peer that meets one of its own
-which the peer has not answered yet is not written there: the resolver's own counts as the later one. If that
-covers the whole of it, P_SUPERSEDED lets the peer answer its client, as soon as it is on the resolver's disk;
-else, and for FUA writes, P_RETRY_WRITE makes the peer send it again as a new write, once the resolver's has
-arrived. The other node waits for that word, finishes the write on its own disk, and only then writes what the
-resolver sent.
+decides, the resolver (the node that accepted the meta socket). Where a write of the peer meets one of its own
+that the peer has not answered yet, its own counts as the later one: of the peer's it writes what its own leave
+uncovered, once those are on its disk, and acknowledges the whole. The other node waits for that ack, finishes
+the write on its own disk, and only then writes what the resolver sent.
 
-That works because of three things kept here: our writes wait for those of the peer that are not finished;
-the resolver looks at a write only when it has seen every ack the peer sent before it (the sequence number);
-and a refused write is nobody's: it leaves the sender's transfer log, and the receiver does not count it.
+That works because of two things kept here: our writes wait for those of the peer that are not finished, and
+the resolver looks at a write only when it has seen every ack the peer sent before it (the sequence number).
+
+A kernel that resolves refuses such a write instead: P_SUPERSEDED if its own covers the whole, else
+P_RETRY_WRITE, and the write is to be sent again as a new one when the resolver's has arrived. We do as we are
+told and refuse nothing ourselves, because a kernel may stop for good over it: its one worker that sends writes
+again waits until nothing overlaps, also for one that is to be sent again by that worker (do_retry).
 
 A write of ours which the peer has answered but our own disk has not is no conflict: the peer's came after it,
 so it waits for our disk. (DRBD refuses there too, and leaves two different disks behind.)
 
 Source: drbd_receiver.c (handle_write_conflicts, wait_for_and_update_peer_seq, restart_conflicting_writes),
 drbd_req.c (complete_conflicting_writes, POSTPONE_WRITE, CONFLICT_RESOLVED). Overlaps are compared by sector,
-as DRBD does: a write refused for a block it only shares would wait in a kernel for ever.
+as DRBD does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .errors import PeerProtocolError
 from .intervals import Range
-from .requests import AL_REF, FUA, LOCAL, PEER, POSTPONED, PeerEpoch, PeerWrite, Request
+from .meta_writer import CallbackOp
+from .requests import (
+    AL_REF,
+    DATA,
+    FUA,
+    LOCAL,
+    MAY_UNMAP,
+    POSTPONED,
+    PREFLUSH,
+    DiskOp,
+    PeerWrite,
+    Request,
+)
 from .states import ConnState
 from .volume import HALF, Volume
 from .wire import Packet
@@ -126,55 +141,34 @@ class Conflicts:
 
     # ------------------------------------------------------------------------------ the peer's writes
 
-    def settle(self, vol: Volume, w: PeerWrite) -> bool:
-        """May the peer's write go to the disk now? If not it is refused, or comes back when it may."""
+    def settle(self, vol: Volume, w: PeerWrite) -> list[Request] | None:
+        """The writes of ours that the peer's goes beneath; None: not now, it comes back when it may."""
         ours = [r for r in vol.intervals.overlapping(w.offset, w.length) if isinstance(r, Request) and _overlap(r, w)]
-        ours = [r for r in ours if r.waiting or r.legs & POSTPONED]  # the others have not started: they will wait
-        if self.e.link.resolver:
-            unanswered = [r for r in ours if r.waiting & PEER]
-            if unanswered:
-                self._outdone(vol, w, unanswered)
-                return False
-        in_the_way = next((r for r in ours if r.waiting), None)
-        if in_the_way is None:
-            return True
-        self._waiting[w] = vol
-        vol.intervals.wait(in_the_way, lambda: self._again(w))
-        return False
+        ours = [r for r in ours if r.waiting]  # the others have not started: they will wait
+        if not self.e.link.resolver:
+            if ours:
+                self._waiting[w] = vol
+                vol.intervals.wait(ours[0], lambda: self._again(w))
+                return None
+        elif any(r.waiting & LOCAL for r in ours):
+            # The peer's client is told that it is written, and what it flushes then must be ours already.
+            self._waiting[w] = vol
+            self.e.when(lambda: not any(r.waiting & LOCAL for r in ours), lambda: self._again(w))
+            return None
+        return ours
 
     def _again(self, w: PeerWrite) -> None:
         vol = self._waiting.pop(w, None)
         if vol is not None:
             self.e.replica.begin(vol, w)
 
-    def _outdone(self, vol: Volume, w: PeerWrite, ours: list[Request]) -> None:
-        """The peer's write lost to *ours*: say so, once that is true of our disk, too."""
-        covered = any(r.offset <= w.offset and w.offset + w.length <= r.offset + r.length for r in ours)
-        if not covered or w.flags & FUA:  # FUA: its client is told that it is stable, and ours may be in a cache
-            self._refuse(vol, w, ours, Packet.RETRY_WRITE)
-        elif any(r.waiting & LOCAL for r in ours):
-            # Its client is told that it is written, and what it flushes then must be ours already.
-            self._waiting[w] = vol
-            self.e.when(lambda: not any(r.waiting & LOCAL for r in ours), lambda: self._again(w))
-        else:
-            self._refuse(vol, w, ours, Packet.SUPERSEDED)
-
-    def _refuse(self, vol: Volume, w: PeerWrite, ours: list[Request], cmd: Packet) -> None:
+    def write_beneath(self, vol: Volume, w: PeerWrite, ours: list[Request]) -> None:
+        """Write what *ours* leave uncovered of the peer's write; then `Replica.local_done`, as for any other."""
         if not self._told:
             self._told = True
             what = f"local {ours[0].offset >> 9}s +{ours[0].length}, remote {w.sector}s +{w.length}"
             self.e.note(vol, f"Concurrent writes detected: {what}", why="said once per connection", level="warning")
-        # A kernel takes a refused write out of its log no earlier than it has answered ours, and wants no
-        # barrier ack before. Only the ack waits: ours may need the kernel's next write to be decided first.
-        epoch = w.epoch
-        epoch.held += len(ours)
-        for r in ours:
-            vol.intervals.wait(r, lambda: self._release(epoch))
-        self.e.replica.refuse(vol, w, cmd)
-
-    def _release(self, epoch: PeerEpoch) -> None:
-        epoch.held -= 1
-        self.e.replica.send_barrier_acks()
+        Beneath(self.e, vol, w, list(_uncovered(w, ours))).begin()
 
     # ------------------------------------------------------------------------------ ends
 
@@ -194,6 +188,67 @@ class Conflicts:
         for r in postponed:
             r.legs &= ~POSTPONED
         return postponed
+
+
+class Beneath:
+    """A write of the peer of which only some *parts* are left to be written: (begin, end) in bytes on the device.
+
+    PREFLUSH and FUA are flushes of their own here: what they are about is, in part, writes of ours.
+    """
+
+    def __init__(self, engine: Engine, vol: Volume, w: PeerWrite, parts: list[tuple[int, int]]) -> None:
+        self.e = engine
+        self.vol = vol
+        self.w = w
+        self.parts = parts
+        self._n_out = 0
+
+    def begin(self) -> None:
+        if self.w.flags & PREFLUSH:
+            self.e.flushes.local.flush(self.vol, self._write)
+        else:
+            self._write(0)
+
+    def _write(self, error: int) -> None:
+        w = self.w
+        if error or not self.parts:
+            self.e.stories.append(lambda _: self._written(error))
+            return
+        self._n_out = len(self.parts)
+        for begin, end in self.parts:
+            data = None if w.payload is None else memoryview(w.payload)[begin - w.offset : end - w.offset]
+            self.e.out.disk.append(
+                CallbackOp(w.op, w.volume, begin, end - begin, data, w.flags & MAY_UNMAP, DATA, self._part_written)
+            )
+
+    def _part_written(self, op: DiskOp) -> None:
+        self.vol.data_version += 1
+        self.w.error = self.w.error or op.error
+        self._n_out -= 1
+        if not self._n_out:
+            self._written(self.w.error)
+
+    def _written(self, error: int) -> None:
+        if self.w.flags & FUA and not error:
+            self.e.flushes.local.flush(self.vol, self._end)
+        else:
+            self._end(error)
+
+    def _end(self, error: int) -> None:
+        self.w.error = error
+        self.e.replica.local_done([self.w])
+        self.e.disks.local_idle(self.vol)
+
+
+def _uncovered(w: Range, ours: list[Request]) -> Iterator[tuple[int, int]]:
+    """The (begin, end) of what is left of *w* beneath *ours*, which all overlap it."""
+    at, end = w.offset, w.offset + w.length
+    for r in sorted(ours, key=lambda r: r.offset):
+        if r.offset > at:
+            yield at, r.offset
+        at = max(at, r.offset + r.length)
+    if at < end:
+        yield at, end
 
 
 def _overlap(a: Range, b: Range) -> bool:

@@ -55,7 +55,6 @@ class Replica:
         self.e = engine
         self.epoch = PeerEpoch()
         self.closed: deque[PeerEpoch] = deque()
-        self.stable: deque[PeerEpoch] = deque()  # and not acknowledged: it, or one before it, is held
         self.n_active = 0  # writes on the disk, of this and of earlier connections
         self.stall: PeerEpoch | None = None  # nothing starts before this epoch is stable
         self.stalled: deque[tuple[Volume, PeerWrite]] = deque()
@@ -173,7 +172,8 @@ class Replica:
         if w.epoch.dead or not vol.local:
             self.withdraw(vol, w)
             return
-        if vol.dual and not self.e.conflicts.settle(vol, w):
+        ours = self.e.conflicts.settle(vol, w) if vol.dual else []
+        if ours is None:
             return
         if vol.state.pdsk < DiskState.INCONSISTENT or w in self.alone:
             # We hold the only disk: the range is out of sync, and hot like an application's write of our own.
@@ -189,7 +189,10 @@ class Replica:
                 return
         self.n_active += 1
         vol.n_local += 1
-        self.e.out.disk.append(w)
+        if ours:
+            self.e.conflicts.write_beneath(vol, w, ours)
+        else:
+            self.e.out.disk.append(w)
 
     def withdraw(self, vol: Volume, w: PeerWrite) -> None:
         """A write that never reached the disk."""
@@ -202,15 +205,6 @@ class Replica:
         self.epochs_check()
         if self.flush_waiting:
             self._flush()
-        self.e.conflicts.peer_progressed(vol)
-
-    def refuse(self, vol: Volume, w: PeerWrite, cmd: Packet) -> None:
-        """A write that lost to one of ours (see `conflicts`): it counts in no epoch."""
-        w.epoch.size -= 1
-        self.alone.discard(w)
-        self._answer(vol, w, cmd)
-        vol.peer_intervals.leave(w)
-        self.epochs_check()
         self.e.conflicts.peer_progressed(vol)
 
     def _take_extents(self, vol: Volume, w: PeerWrite) -> bool:
@@ -233,7 +227,7 @@ class Replica:
     def barrier(self, barrier: int) -> None:
         """P_BARRIER: the epoch is complete."""
         epoch, self.epoch = self.epoch, PeerEpoch()
-        if not epoch.size and not epoch.held:
+        if not epoch.size:
             return  # an empty epoch is never announced; there is nothing to acknowledge
         epoch.barrier = barrier
         self.closed.append(epoch)
@@ -453,19 +447,11 @@ class Replica:
             self.held_until = self.e.now + self._pause_max
 
     def _ack_epoch(self, epoch: PeerEpoch) -> None:
-        self.stable.append(epoch)
-        self.send_barrier_acks()
+        assert epoch.barrier is not None
+        self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
         if epoch is self.stall:
             self.stall = None
             self._unstall()
-
-    def send_barrier_acks(self) -> None:
-        """P_BARRIER_ACK for what is stable, in order, up to an epoch that is held."""
-        while self.stable and not self.stable[0].held:
-            epoch = self.stable.popleft()
-            assert epoch.barrier is not None
-            if epoch.size:  # what was refused is out of the peer's log, and so is an epoch of nothing else
-                self.e.out.meta.append(pack_barrier_ack(epoch.barrier, epoch.size))
 
     def go_on(self) -> None:
         """What the write at the head waited for may have happened."""
@@ -490,10 +476,9 @@ class Replica:
 
     def connection_lost(self) -> None:
         """The peer is gone: finish its writes on the disk, answer nothing."""
-        for epoch in (*self.stable, *self.closed, self.epoch):
+        for epoch in (*self.closed, self.epoch):
             epoch.dead = True
         self.closed.clear()
-        self.stable.clear()
         self.epoch = PeerEpoch()
         self.stall = None
         self.held_until = 0.0

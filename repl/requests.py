@@ -118,13 +118,12 @@ BOTH_OK: Final = LOCAL_OK | PEER_OK
 class PeerEpoch:
     """What the peer sent between two barriers."""
 
-    __slots__ = ("active", "barrier", "dead", "held", "size")
+    __slots__ = ("active", "barrier", "dead", "size")
 
     def __init__(self) -> None:
         self.barrier: int | None = None  # known once the epoch is complete
         self.size = 0
         self.active = 0  # not yet answered
-        self.held = 0  # writes refused in it whose sender may still count them
         self.dead = False  # its connection is gone: answer nothing
 
 

@@ -150,6 +150,11 @@ class KernelNode:
     def state(self, volume: int = 0) -> State:
         return kernel_state(self.guest.read("/proc/drbd"), volume)
 
+    def sent(self) -> int:
+        """KiB that volume 0 has sent to the peer."""
+        found = re.search(r"\bns:(\d+)", self.guest.read("/proc/drbd"))
+        return int(found.group(1)) if found else 0
+
     def disk_file(self, volume: int = 0) -> Path:
         return self.guest.disks[volume]
 

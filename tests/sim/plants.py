@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from tandem.repl import activity_log, decision, peer, transition, uuids
+from tandem.repl import activity_log, conflicts, decision, peer, transition, uuids
 from tandem.repl.activity_log import Replay
 from tandem.repl.bitmap import Bitmap
 from tandem.repl.bitmap_exchange import BitmapReceiver
@@ -375,7 +375,7 @@ def _wrong_side_discarded(mp: Patch) -> None:
 
 def _conflicts_not_resolved(mp: Patch) -> None:
     """Two Primaries: each writes what the other sends when it comes."""
-    mp.setattr(Conflicts, "settle", lambda self, vol, w: True)
+    mp.setattr(Conflicts, "settle", lambda self, vol, w: [])
 
 
 def _leaves_up_to_date(mp: Patch) -> None:
@@ -395,30 +395,36 @@ def _leaves_up_to_date(mp: Patch) -> None:
     mp.setattr(Volume, "flags", good)
 
 
-def _superseded_fua(mp: Patch) -> None:
-    """A FUA write that lost to the other Primary's ordinary write is answered like any other."""
-    original = Conflicts._outdone
+def _fua_beneath(mp: Patch) -> None:
+    """A FUA write beneath the other Primary's ordinary write is answered like any other."""
+    original = Conflicts.write_beneath
 
-    def outdone(self: Any, vol: Any, w: Any, ours: Any) -> None:
+    def write_beneath(self: Any, vol: Any, w: Any, ours: Any) -> None:
         w.flags &= ~FUA
         original(self, vol, w, ours)
 
-    mp.setattr(Conflicts, "_outdone", outdone)
+    mp.setattr(Conflicts, "write_beneath", write_beneath)
 
 
-def _superseded_early(mp: Patch) -> None:
-    """A write that lost is answered while what stands in its place is on the way to the disk."""
-    original = Conflicts._outdone
+def _covered_early(mp: Patch) -> None:
+    """A write is answered while what covers it is on the way to the disk."""
+    original = Conflicts.settle
 
-    def outdone(self: Any, vol: Any, w: Any, ours: Any) -> None:
-        waiting = [r.waiting for r in ours]
+    def settle(self: Any, vol: Any, w: Any) -> Any:
+        ours = {r: r.waiting for r in vol.intervals.overlapping(w.offset, w.length) if isinstance(r, Request)}
         for r in ours:
             r.waiting &= ~LOCAL
-        original(self, vol, w, ours)
-        for r, legs in zip(ours, waiting, strict=True):
+        found = original(self, vol, w)
+        for r, legs in ours.items():
             r.waiting = legs
+        return found
 
-    mp.setattr(Conflicts, "_outdone", outdone)
+    mp.setattr(Conflicts, "settle", settle)
+
+
+def _uncovered_forgotten(mp: Patch) -> None:
+    """Of a write that the other Primary's covers in part, nothing is written."""
+    mp.setattr(conflicts, "_uncovered", lambda w, ours: iter(()))
 
 
 def _demotion_at_once(mp: Patch) -> None:
@@ -507,8 +513,9 @@ PLANTS = (
     Plant("policy too bold", "disconnect is taken for discard-secondary", _policy_too_bold, mixes.splits_brains),
     Plant("wrong side discarded", "--discard-my-data hits the peer", _wrong_side_discarded, mixes.splits_brains),
     Plant("leaves UpToDate", "who leaves as the Outdated one stays UpToDate", _leaves_up_to_date, mixes.leaves_often),
-    Plant("FUA superseded", "a FUA write that lost is answered at once", _superseded_fua, mixes.fua_at_once),
-    Plant("superseded early", "a write that lost is answered too soon", _superseded_early, mixes.two_write_at_once),
+    Plant("FUA beneath", "a FUA write is answered before all of it is stable", _fua_beneath, mixes.fua_at_once),
+    Plant("covered early", "a write that is covered is answered too soon", _covered_early, mixes.two_write_at_once),
+    Plant("uncovered", "what stands out is not written", _uncovered_forgotten, mixes.two_write_at_once),
     Plant("demotion at once", "requests outlive the role", _demotion_at_once, mixes.ends_sessions),
     Plant(
         "needless generation",

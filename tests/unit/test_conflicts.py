@@ -10,6 +10,7 @@ from tandem.repl.config import Fencing
 from tandem.repl.requests import DATA, META, PEER, Op, Request
 from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import (
+    DP_FLUSH,
     DP_FUA,
     DP_SEND_WRITE_ACK,
     Packet,
@@ -71,21 +72,53 @@ def on_disk(lone: Lone) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------ the resolver
 
 
-@pytest.mark.parametrize(("sector", "n_sectors", "answer"), [
-    (0, 8, "SUPERSEDED"),  # equal
-    (2, 4, "SUPERSEDED"),  # inside ours
-    (4, 8, "RETRY_WRITE"),  # sticks out
-    (0, 16, "RETRY_WRITE"),  # covers ours
+@pytest.mark.parametrize(("sector", "n_sectors", "left"), [
+    (0, 8, []),  # equal
+    (2, 4, []),  # inside ours
+    (4, 8, [(8, 4)]),  # sticks out
+    (0, 16, [(8, 8)]),  # covers ours
 ])  # fmt: skip
-def test_the_resolver_refuses_what_meets_an_unanswered_write(sector: int, n_sectors: int, answer: str) -> None:
+def test_the_resolver_writes_what_its_unanswered_write_leaves_uncovered(
+    sector: int, n_sectors: int, left: list[tuple[int, int]]
+) -> None:
+    """And acknowledges it as any other: a kernel that is to send writes again may wait for itself, for good."""
     lone = dual(resolver=True)
     lone.submit(Op.WRITE)
     lone.settle()
     lone.data(theirs(sector, n_sectors, 1))
-    assert acks(lone) == [answer] and on_disk(lone) == []
+    assert on_disk(lone) == left
+    lone.settle()
+    assert acks(lone) == ["WRITE_ACK"] and lone.vol.bitmap.weight == 0
 
 
-def test_superseded_is_said_when_what_stands_there_instead_is_on_our_disk() -> None:
+def test_only_the_gaps_between_ours_are_written() -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE, 8 << 9, 4096)
+    lone.submit(Op.WRITE, 24 << 9, 4096)
+    lone.settle()
+    lone.data(theirs(4, 30, 1))
+    assert on_disk(lone) == [(4, 4), (16, 8), (32, 2)]
+    parts = [op for op in lone.disk if not op.area]
+    assert all(op.payload == bytes([1]) * op.length for op in parts)
+    lone.answer(parts[1], parts[0])
+    assert acks(lone) == []
+    lone.answer(parts[2])
+    assert acks(lone) == ["WRITE_ACK"]
+
+
+def test_a_part_that_fails_fails_the_whole() -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE, 8 << 9, 4096)
+    lone.settle()
+    lone.data(theirs(0, 24, 1))
+    first, second = [op for op in lone.disk if not op.area]
+    lone.answer(first, error=5)
+    assert acks(lone) == []
+    lone.answer(second)
+    assert acks(lone) == ["NEG_ACK"] and lone.local_disk() in {DiskState.FAILED, DiskState.DISKLESS}
+
+
+def test_it_is_answered_when_what_covers_it_is_on_our_disk() -> None:
     """The peer's client is told that its write is done, and may flush: that must find ours behind the flush."""
     lone = dual(resolver=True)
     r = lone.submit(Op.WRITE)
@@ -94,10 +127,10 @@ def test_superseded_is_said_when_what_stands_there_instead_is_on_our_disk() -> N
     lone.data(theirs(0, 8, 1), theirs(80, 8, 2))
     assert acks(lone) == [] and on_disk(lone) == [(0, 8), (80, 8)] and r in lone.disk
     lone.answer(r)
-    assert acks(lone) == ["SUPERSEDED"] and lone.done == []
+    assert acks(lone) == ["WRITE_ACK"] and lone.done == []
 
 
-def test_a_disk_that_failed_our_write_supersedes_nothing() -> None:
+def test_a_disk_that_failed_our_write_covers_nothing() -> None:
     lone = dual(resolver=True)
     r = lone.submit(Op.WRITE)
     for op in [op for op in lone.disk if op is not r]:
@@ -107,12 +140,30 @@ def test_a_disk_that_failed_our_write_supersedes_nothing() -> None:
     assert acks(lone) == ["NEG_ACK"]
 
 
-def test_a_fua_write_is_sent_again_where_ours_may_not_be_stable() -> None:
+@pytest.mark.parametrize(("sector", "left"), [(0, []), (4, [(8, 4)])])
+def test_a_fua_write_is_answered_when_all_of_it_is_stable(sector: int, left: list[tuple[int, int]]) -> None:
     lone = dual(resolver=True)
     lone.submit(Op.WRITE)
     lone.settle()
-    lone.data(theirs(0, 8, 1, DP_SEND_WRITE_ACK | DP_FUA))
-    assert acks(lone) == ["RETRY_WRITE"] and on_disk(lone) == []
+    lone.data(theirs(sector, 8, 1, DP_SEND_WRITE_ACK | DP_FUA))
+    assert on_disk(lone) == left
+    if left:
+        lone.answer(*lone.disk)
+    assert acks(lone) == [] and [op.op for op in lone.disk] == [Op.FLUSH]
+    lone.answer()
+    assert acks(lone) == ["WRITE_ACK"]
+
+
+def test_a_flush_before_the_write_comes_before_its_parts() -> None:
+    lone = dual(resolver=True)
+    lone.submit(Op.WRITE)
+    lone.settle()
+    lone.data(theirs(4, 8, 1, DP_SEND_WRITE_ACK | DP_FLUSH))
+    assert [op.op for op in lone.disk] == [Op.FLUSH]
+    lone.answer()
+    assert on_disk(lone) == [(8, 4)]
+    lone.settle()
+    assert acks(lone) == ["WRITE_ACK"]
 
 
 def test_a_block_may_be_shared_when_no_sector_is() -> None:
@@ -156,43 +207,13 @@ def test_acks_that_never_come_end_the_connection() -> None:
     assert lone.closed and lone.conn() == ConnState.WF_CONNECTION
 
 
-def test_refused_writes_count_in_no_epoch_and_hold_it_open() -> None:
-    lone = dual(resolver=True)
-    r = lone.submit(Op.WRITE)
-    lone.settle()
-    lone.data(theirs(0, 8, 1), theirs(80, 8, 2), pack_barrier(5), theirs(0, 8, 3), pack_barrier(6))
-    lone.settle()
-    lone.at(lone.now + 1)
-    lone.settle()
-    assert acks(lone) == ["SUPERSEDED", "SUPERSEDED", "WRITE_ACK"] and barrier_acks(lone) == []
-    lone.meta(their_ack(r, 4))
-    lone.settle()
-    lone.at(lone.now + 2)
-    lone.settle()
-    assert barrier_acks(lone) == [(5, 1)], "an epoch of refused writes only is not in the peer's log either"
-
-
-def test_an_epoch_of_refused_writes_only_holds_the_acks_behind_it() -> None:
+def test_such_writes_count_in_their_epochs() -> None:
     lone = dual(resolver=True, ours=False)
     r = lone.submit(Op.WRITE)
     lone.settle()
-    lone.data(theirs(2, 2, 1), pack_barrier(0), theirs(80, 8, 2), pack_barrier(1))
+    lone.data(theirs(2, 2, 1), theirs(80, 8, 2), pack_barrier(0), theirs(6, 8, 3), pack_barrier(1))
     lone.settle()
-    assert barrier_acks(lone) == [], "the peer still counts the one that was refused"
-    lone.meta(their_ack(r, 4))
-    assert barrier_acks(lone) == [(1, 1)]
-
-
-def test_only_the_barrier_ack_waits_not_the_writes_behind_it() -> None:
-    """A kernel answers ours when it knows what becomes of its next write, and that one is behind the barrier."""
-    lone = dual(resolver=True, ours=False)
-    r = lone.submit(Op.WRITE)
-    lone.settle()
-    lone.data(theirs(2, 2, 1), theirs(80, 8, 2), pack_barrier(0), theirs(6, 8, 3))
-    lone.settle()
-    assert acks(lone) == ["SUPERSEDED", "WRITE_ACK", "RETRY_WRITE"] and barrier_acks(lone) == []
-    lone.meta(their_ack(r, 4))
-    assert barrier_acks(lone) == [(0, 1)]
+    assert acks(lone) == ["WRITE_ACK"] * 3 and barrier_acks(lone) == [(0, 2), (1, 1)] and r.waiting == PEER
 
 
 # ------------------------------------------------------------------------------------------ the other node
