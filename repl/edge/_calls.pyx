@@ -19,6 +19,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <pthread.h>
+    #include <sched.h>
     #include <stdlib.h>
     #include <sys/eventfd.h>
     #include <sys/resource.h>
@@ -107,6 +108,9 @@ cdef extern from *:
 
     static void *flusher_work(void *arg) {
         struct flusher *f = arg;
+        struct sched_param none = {0};
+        if (sched_getscheduler(0) == SCHED_BATCH)  /* see scheduling.ordinary */
+            sched_setscheduler(0, SCHED_OTHER, &none);
         pthread_mutex_lock(&f->mutex);
         for (;;) {
             struct job *job = f->todo.first;

@@ -20,6 +20,7 @@ from tandem.repl.requests import FUA, IF_HOLE, MAY_UNMAP, META, PREFLUSH, Buffer
 from .blockio import CANNOT, IOV_MAX, Device, room
 from .calls import READ, SLOW_S, WRITE
 from .compiled import calls
+from .scheduling import ordinary
 from .vigil import LOOK_MAX_S
 from .workers import Completions, Workers
 
@@ -112,7 +113,7 @@ class Disk:
             return [(length, False)]
         volume.n_inflight += 1  # keeps the descriptor open meanwhile
         try:
-            return await self._loop.run_in_executor(None, volume.data.extents, offset, length, n_max)
+            return await self._loop.run_in_executor(None, _extents, volume.data, offset, length, n_max)
         finally:
             self._let_go(volume, 1)
 
@@ -280,6 +281,11 @@ class Disk:
         volume.n_inflight -= n
         if volume.closing and not volume.n_inflight:
             volume.on_close()
+
+
+def _extents(device: Device, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
+    ordinary()
+    return device.extents(offset, length, n_max)
 
 
 # ------------------------------------------------------------------------------------ on the loop

@@ -26,6 +26,8 @@ from typing import Final
 from tandem.repl.config import ResourceConfig
 from tandem.repl.events import Event, HandlerExited, Helper, Notify, ResourceStatus, RunHandler
 
+from .scheduling import ordinary
+
 TIME_LIMIT_S: Final = 600.0  # drbdadm's cmd-timeout-long
 KILL_AFTER_S: Final = 5.0  # between SIGTERM and SIGKILL at the time limit
 OUTPUT_LINES_MAX: Final = 500  # of one run; a handler gone mad must not fill the log
@@ -142,6 +144,7 @@ class Handlers:
                 _signal_group(process, signal.SIGKILL)
 
     def _run(self, effect: RunHandler, command: str, env: dict[str, str], subject: str) -> None:
+        ordinary()
         calls = Helper(effect.name, effect.volume)
         self._notify(Notify(subject, f"helper command: {effect.name}", command, helper=calls))
         code = self._call(effect, command, env, subject)

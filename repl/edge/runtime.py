@@ -49,6 +49,7 @@ from .disk import Disk
 from .export import ReplicatedVolume
 from .handlers import TIME_LIMIT_S, Handlers
 from .link import Link
+from .scheduling import Scheduling
 from .storage import Storage
 from .vigil import Vigil, weight
 from .workers import Completions
@@ -126,6 +127,7 @@ class Runtime:
         self.submit: Callable[[int, list[Request]], None] = partial(self._guard, self.engine.submit)
         self._posted: Completions[Callable[[], None]] = Completions(loop, self._run_posted, self._fatal)
         self._vigil = Vigil(loop)
+        self._scheduling = Scheduling()
         self._inside = False  # a wake-up is being worked on
         self._fresh = True  # something was told to the machine since it was last asked what it wants
         self._stopped = False
@@ -206,6 +208,7 @@ class Runtime:
         if self._stopped:
             return
         self._stopped = True
+        self._scheduling.close()
         if self._timer is not None:
             self._timer.cancel()
         self.handlers.stop()
@@ -317,6 +320,7 @@ class Runtime:
         self._looking = False
         if self._stopped:
             return
+        self._scheduling.look(self._loop.time())
         try:
             self._set_timer()
         except Exception as error:

@@ -30,7 +30,8 @@ LOOK_FIRST_S: Final = 20e-6  # what the first short wait after long ones is wort
 AWAY_S: Final = 500e-6  # longer than a client or the peer needs for its part of a lone write
 REST_MIN_S: Final = 0.002  # how long a machine counts as busy on which the processor was away for that long …
 REST_MAX_S: Final = 1.0  # … and at most, when it was so again and again
-FEW: Final = 4.0  # operations of 4 KiB per wake-up, on average; beyond, twice as many are worth a quarter of the look
+FEW: Final = 4.0  # operations of 4 KiB per wake-up, on average; beyond, twice as many are worth a quarter of the look …
+MANY: Final = 10.0  # … and so many none at all
 LONG: Final = 8  # operations of 4 KiB that a long one counts for at most …
 IN_PARTS: Final = 512 << 10 >> BLOCK_SHIFT  # … unless it has so many blocks and comes in parts
 
@@ -89,7 +90,7 @@ class Vigil:
         self._learning = True
         self._began = self._clock()
         few = FEW / self._size if self._size > FEW else 1.0
-        self._longest = LOOK_MAX_S * few * few
+        self._longest = LOOK_MAX_S * few * few if self._size < MANY else 0.0
         self._until = self._began + min(self._window, self._longest)
         if not self._looking and self._rest_until < self._began < self._until:
             self._looking = True

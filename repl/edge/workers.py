@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from .scheduling import ordinary
+
 T = TypeVar("T")
 
 
@@ -112,6 +114,7 @@ class Workers(Generic[T]):
             thread.wake.release()
 
     def _work(self, me: _Thread[T]) -> None:
+        ordinary()
         while (job := me.job) is not None:
             try:
                 result = job()

@@ -158,3 +158,14 @@ def test_stop_kills_and_reports_nothing(tmp_path: Path) -> None:
     log.handlers.run(RunHandler(2, "fence-peer", None), log.config, None)
     with pytest.raises(queue.Empty):
         log.events.get(timeout=0.3)
+
+
+def test_a_handler_does_not_inherit_how_the_loop_is_scheduled(tmp_path: Path) -> None:
+    """The policy is the 41st word of its /proc/self/stat."""
+    log = Log(fence_peer=f"cut -d ' ' -f 41 /proc/self/stat > {tmp_path}/policy")
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        assert log.run("fence-peer") == 0
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert int((tmp_path / "policy").read_text()) == os.SCHED_OTHER

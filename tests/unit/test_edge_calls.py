@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -137,6 +138,28 @@ def test_flushes_come_back_with_their_errors(twin: ModuleType) -> None:
 
     uvloop.run(main())
     assert seen == {i: errno.EINVAL if i % 5 == 0 else 0 for i in range(len(tokens))}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_threads_that_flush_do_not_inherit_how_the_loop_is_scheduled(twin: ModuleType) -> None:
+    async def main() -> set[int]:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        flusher = twin.Flusher(loop, 1, lambda ended: done.set_result(None), done.set_exception)
+        with tempfile.TemporaryFile() as file:
+            flusher.start(file.fileno(), None)
+            async with asyncio.timeout(60):
+                await done
+        threads = {int(name) for name in os.listdir("/proc/self/task")} - {threading.get_native_id()}
+        policies = {os.sched_getscheduler(thread) for thread in threads}
+        flusher.stop()
+        return policies
+
+    try:
+        assert uvloop.run(main()) == {os.SCHED_OTHER}
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def test_the_twins_agree_on_their_limits() -> None:

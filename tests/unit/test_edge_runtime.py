@@ -33,7 +33,7 @@ from tandem.repl.events import (
     RunHandler,
     StateChanged,
 )
-from tandem.repl.requests import DiskOp, Op, Request
+from tandem.repl.requests import FUA, DiskOp, Op, Request
 
 SIZE = 1 << 20
 CONFIG = ResourceConfig(
@@ -193,6 +193,33 @@ def test_a_long_operation_counts_as_a_small_batch(tmp_path: Path, monkeypatch: p
         assert seen == [2, 16]  # written, and answered
 
     run(tmp_path, test)
+
+
+def test_only_the_loops_own_thread_waits_for_others(tmp_path: Path) -> None:
+    """SCHED_BATCH, soon after work has come; not a thread that it has started meanwhile."""
+
+    def others() -> set[int]:
+        return {
+            os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")
+            if int(thread) != threading.get_native_id()
+        }  # fmt: skip
+
+    async def test(bench: Bench) -> None:
+        volume = bench.runtime.volume(0)
+        while os.sched_getscheduler(0) != os.SCHED_BATCH:
+            volume.submit([bench.client.write(0)])
+            await asyncio.sleep(0.001)
+        n = len(bench.client.batches)
+        durable = bench.client.write(0)
+        durable.flags = FUA
+        volume.submit([durable])
+        while len(bench.client.batches) == n:
+            bench.client.rung.clear()
+            await bench.client.rung.wait()
+        assert others() == {os.SCHED_OTHER}
+
+    run(tmp_path, test)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_no_look_for_garbage_comes_with_every_batch(tmp_path: Path) -> None:
