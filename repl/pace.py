@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Final
 
 SLICE: Final = 1 << 20  # bytes
-REST_FACTOR: Final = 7  # rest for this many times as long as the slice took
+REST_FACTOR: Final = 10  # rest for this many times as long as the slice took
 BUSY_S: Final = 0.02  # an application is at work that was heard of this recently
 NO_LIMIT: Final = 1 << 62
 

@@ -21,7 +21,7 @@ from .metadata import MAGIC_UNCLEAN, Layout, MdFlag, Superblock
 from .pace import BUSY_S
 from .requests import Buffer, DiskOp, Request
 from .states import ConnState, DiskState, Role, State
-from .units import RANGE_SHIFT, SECTOR
+from .units import BLOCK, BLOCK_SHIFT, RANGE_SHIFT, SECTOR
 from .uuids import UuidSet, md_flags
 
 if TYPE_CHECKING:
@@ -308,5 +308,12 @@ class Volume:
 
     def are_in_sync(self, writes: Iterable[DiskOp]) -> None:
         """Both disks have these writes."""
+        if not self.bitmap.n_bits:
+            return
+        blocks = []
         for write in writes:
-            self.set_in_sync(write.offset, write.length)
+            if write.length == BLOCK and not write.offset & BLOCK - 1:
+                blocks.append(write.offset >> BLOCK_SHIFT)
+            else:
+                self.set_in_sync(write.offset, write.length)
+        self.bitmap.clear_each(blocks)

@@ -69,6 +69,14 @@ class Model(RuleBasedStateMachine):
         self.model -= gone
 
     @rule(data=st.data())
+    def clear_each(self, data: st.DataObject) -> None:
+        n = self.bitmap.n_bits
+        bit = st.one_of(st.integers(0, n - 1), st.sampled_from(sorted(self.model) or [0])) if n else st.nothing()
+        some = data.draw(st.lists(bit))
+        self.bitmap.clear_each(some)
+        self.model -= set(some)
+
+    @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
         first, end = self.range_from(data)
         inside = {bit for bit in self.model if first <= bit < end}
@@ -184,7 +192,7 @@ def test_cleared_pages_are_lazy_and_set_ones_dirty() -> None:
     bitmap.set(5, 9)
     assert bitmap.is_dirty(0) and not bitmap.is_lazy(0) and not bitmap.is_dirty(1)
     bitmap.take_page(0)
-    bitmap.clear(5, 6)
+    bitmap.clear_each([5])
     assert bitmap.is_lazy(0) and not bitmap.is_dirty(0)
     assert bitmap.dirty_pages(9) == [] and bitmap.changed_pages(9) == [0]
     bitmap.set(5, 6)
