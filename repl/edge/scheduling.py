@@ -15,6 +15,7 @@ Source: sched(7); /proc/<pid>/schedstat in Linux's Documentation/scheduler/sched
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from typing import Final
@@ -34,6 +35,9 @@ class Waits:
 
     def __init__(self) -> None:
         self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        if not self.read()[1]:  # built without CONFIG_SCHEDSTATS it may say that not even we ever had a processor
+            self.close()
+            raise OSError(errno.ENODATA, "the kernel does not count waits for a processor")
 
     def read(self) -> tuple[int, int]:
         _, waited, times = os.pread(self._fd, 80, 0).split()

@@ -119,8 +119,19 @@ def test_a_kernel_that_does_not_count_leaves_it_alone() -> None:
 
     it = Scheduling(none)
     it.look(1.0)
+    found = policy()
     it.close()
-    assert not it.batch
+    assert found == os.SCHED_OTHER
+
+
+def test_counts_of_nothing_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be SCHED_BATCH for good, and beside programs that compute wait for their time slices."""
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: b"0 0 0\n")
+    it = Scheduling()
+    it.look(1.0)
+    found = policy()
+    it.close()
+    assert found == os.SCHED_OTHER
 
 
 def test_the_kernel_counts_what_this_thread_waited_for_its_processor() -> None:
