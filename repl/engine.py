@@ -52,7 +52,7 @@ from .liveness import Liveness
 from .mirror import REQUESTS_MAX, Mirror
 from .peer import Peer
 from .replica import Replica
-from .requests import DiskOp, Request
+from .requests import DiskOp, PeerWrite, Request
 from .resync import Resync
 from .states import ConnState, DiskState, Role, State, describe_change
 from .transfer_log import TransferLog
@@ -125,6 +125,14 @@ class Engine:
             return self.link.receive_data(view)
         except PeerProtocolError as e:
             return self._nonsense(view, e)
+
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None:
+        """Is *view* the beginning of a long write that may go to the disk as it comes?
+
+        *takes* says whether the disk of a volume will have it so. The write then counts as under way there, ends by
+        `disk_done`, and `receive_data` does not see its packet. None: it does.
+        """
+        return self.replica.begin_write(view, takes) if self.connected else None
 
     def receive_meta(self, view: memoryview) -> int:
         """Bytes of the meta socket; as `receive_data`."""

@@ -14,6 +14,7 @@ Source: drbd_receiver.c, receive_Data, e_end_block, drbd_may_finish_epoch.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -22,15 +23,19 @@ from .intervals import Range
 from .local_flush import HABIT
 from .requests import FUA, MAY_UNMAP, PREFLUSH, Buffer, Op, PeerEpoch, PeerWrite
 from .states import ConnState, DiskState
-from .units import extents_touched
+from .units import IO_MAX, extents_touched
 from .volume import Volume
 from .wire import (
+    DATA_PACKET,
     DP_DISCARD,
     DP_FLUSH,
     DP_FUA,
     DP_MAY_SET_IN_SYNC,
+    DP_RW_SYNC,
     DP_SEND_RECEIVE_ACK,
     DP_SEND_WRITE_ACK,
+    HEADER,
+    MAGIC,
     Feature,
     Packet,
     pack_barrier_ack,
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+LONG_MIN: Final = 256 << 10  # bytes of a write from which on splice(2) is worth its calls
 # A flush that only barrier acks need: it holds up the writes beside it, and blocks written again meanwhile are spared.
 QUIET_S: Final = 0.05  # without writes for so long, it waits for …
 PAUSE_FACTOR: Final = 10  # … so many times as long as the last one took, …
@@ -80,20 +86,13 @@ class Replica:
         The short path: no digests, nothing stalled, and during a resync nothing in the way. Stops in
         front of whatever it does not handle; the caller's long path takes that.
         """
-        busy, epoch = vol.peer_intervals.busy if vol.syncing else None, self.epoch
+        busy = vol.peer_intervals.busy if vol.syncing else None
         end, count, received, seq = batches.receive_writes(
-            view, at, vol.number, vol.size, epoch, self.e.out.disk, busy
+            view, at, vol.number, vol.size, self.epoch, self.e.out.disk, busy
         )
         if count:
-            self.last_write_at = self.e.now
-            epoch.size += count
-            epoch.active += count
-            self.n_active += count
-            vol.n_local += count
             vol.n_untracked += count if busy is None else 0
-            vol.n_unacked += count
-            vol.bytes_received += received
-            vol.saw(seq)
+            self._received(vol, count, received, seq)
         return end
 
     def _busy(self, vol: Volume) -> dict[int, Range] | None:
@@ -111,6 +110,35 @@ class Replica:
             vol.plain and self.stall is None and not self.stalled and self.e.peer_integrity is None
             and (not vol.syncing or self._busy(vol) is not None)
         )
+
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None:
+        """See `Engine.begin_write`. Only where nothing can come between the beginning of a write and its end."""
+        if len(view) < DATA_PACKET.size:
+            return None
+        magic, number, cmd, length, pad, sector, block_id, seq, dp = DATA_PACKET.unpack_from(view)
+        length -= DATA_PACKET.size - HEADER
+        vol = self.e.volumes.get(number)
+        if (
+            cmd != Packet.DATA or vol is None or vol.syncing or not self.plain(vol) or magic != MAGIC or pad
+            or not LONG_MIN <= length <= IO_MAX or length & 511 or (sector << 9) + length > vol.size
+            or dp & ~DP_RW_SYNC != DP_SEND_WRITE_ACK or not takes(number)
+        ):  # fmt: skip
+            return None
+        w = PeerWrite(Op.WRITE, number, sector, length, None, 0, block_id, dp, self.epoch)
+        self._received(vol, 1, length, seq)
+        vol.n_untracked += 1
+        return w
+
+    def _received(self, vol: Volume, n: int, length: int, seq: int) -> None:
+        """*n* writes with *length* bytes together, the last of them *seq*, go to the disk."""
+        self.last_write_at = self.e.now
+        self.epoch.size += n
+        self.epoch.active += n
+        self.n_active += n
+        vol.n_local += n
+        vol.n_unacked += n
+        vol.bytes_received += length
+        vol.saw(seq)
 
     def write(
         self, vol: Volume, cmd: int, sector: int, block_id: int, dp: int, length: int, payload: Buffer | None,

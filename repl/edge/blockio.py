@@ -81,13 +81,15 @@ class Device:
     """What `disk` knows about one open descriptor. The descriptor stays its owner's."""
 
     __slots__ = (
-        "_dsync", "_punch", "_zero_range", "block", "fd", "hold_s", "inline_again", "nowait", "watched_until",
+        "_dsync", "_punch", "_zero_range", "block", "fd", "hold_s", "inline_again", "nowait", "splices",
+        "watched_until",
     )  # fmt: skip
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.block = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = True  # RWF_NOWAIT is worth trying for reads
+        self.splices = True  # pages can be written out of a pipe
         self.inline_again = 0.0  # when blocking calls may be made on the loop again
         self.hold_s = 0.0  # how long they were kept away last time
         self.watched_until = 0.0  # one of them took long, and it is being found out why
@@ -126,6 +128,23 @@ class Device:
             rest = unwritten(rest, n)
         if durable and not flags:
             os.fdatasync(self.fd)
+
+    def write_from(self, pipe: int, length: int, offset: int) -> None:
+        """Write *length* bytes from *offset* on out of *pipe*, which has them."""
+        while length:
+            try:
+                n = os.splice(pipe, self.fd, length, offset_dst=offset)
+            except OSError as error:
+                if error.errno not in CANNOT:
+                    raise
+                self.splices = False  # a file system that does without
+                data = os.read(pipe, length)
+                self.write([data], offset)
+                n = len(data)
+            if not n:
+                raise OSError(errno.ENOSPC, "the device takes no more bytes")
+            offset += n
+            length -= n
 
     def flush(self) -> None:
         """Everything written before is on stable storage afterwards."""

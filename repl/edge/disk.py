@@ -51,7 +51,7 @@ class OpenVolume:
         self.meta = meta
         self.on_close = on_close  # called on the loop's thread when the storage is not used any more
         self.rotational = rotational
-        self.n_inflight = 0  # operations in workers
+        self.n_inflight = 0  # operations in workers, and holds
         self.closing = False
 
 
@@ -111,11 +111,28 @@ class Disk:
         volume = self._volumes.get(number)
         if volume is None:
             return [(length, False)]
-        volume.n_inflight += 1  # keeps the descriptor open meanwhile
+        self.hold(number)
         try:
             return await self._loop.run_in_executor(None, _extents, volume.data, offset, length, n_max)
         finally:
-            self._let_go(volume, 1)
+            self.let_go(volume)
+
+    def splices(self, number: int) -> bool:
+        """Would the loop write to this volume now, piece by piece, what comes in long packets?"""
+        volume = self._volumes.get(number)
+        return volume is not None and volume.data.splices and volume.data.inline_again <= time.monotonic()
+
+    def hold(self, number: int) -> OpenVolume:
+        """Keep the volume's descriptors open until `let_go`."""
+        volume = self._volumes[number]
+        volume.n_inflight += 1
+        return volume
+
+    def let_go(self, volume: OpenVolume, n: int = 1) -> None:
+        """*n* operations on the volume have ended, or `hold`."""
+        volume.n_inflight -= n
+        if volume.closing and not volume.n_inflight:
+            volume.on_close()
 
     # ------------------------------------------------------------------------------- operations
 
@@ -272,15 +289,10 @@ class Disk:
         done: list[DiskOp] = []
         for volume, ops in results:
             done += ops
-            self._let_go(volume, len(ops))
+            self.let_go(volume, len(ops))
         self.n_out -= len(done)
         self.backlog -= sum(op.length for op in done if op.op <= WRITE)
         self._completed(done)
-
-    def _let_go(self, volume: OpenVolume, n: int) -> None:
-        volume.n_inflight -= n
-        if volume.closing and not volume.n_inflight:
-            volume.on_close()
 
 
 def _extents(device: Device, offset: int, length: int, n_max: int) -> list[tuple[int, bool]]:
@@ -335,6 +347,17 @@ def _read_inline(device: Device, run: list[DiskOp], total: int) -> bool:
         return _read_inline(device, run, total)
     _deal_out(run, buffer)
     return True
+
+
+def on_loop(device: Device, call: Callable[[], None]) -> None:
+    """Run *call*, which writes to *device*, and notice how long that took. Raises what it raises."""
+    started = time.monotonic()
+    watching = started < device.watched_until
+    n_waits = calls.n_waits() if watching else 0
+    call()
+    now = time.monotonic()
+    if now - started > SLOW_S:
+        _was_slow(device, now, now - started, watching, watching and calls.n_waits() > n_waits)
 
 
 def _was_slow(device: Device, now: float, waited_s: float, watching: bool, waited: bool) -> None:

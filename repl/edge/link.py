@@ -17,9 +17,11 @@ from typing import Final, Protocol
 
 from tandem.repl.config import ResourceConfig
 from tandem.repl.events import Event, LinkFailed, LinkLost, LinkUp
-from tandem.repl.requests import Buffer
+from tandem.repl.requests import Buffer, DiskOp, PeerWrite
 
 from .connecting import Attempt, Hopeless, Say
+from .disk import Disk
+from .splice import Splicer
 from .stream import Receiver, Sender
 
 BACKLOG_HIGH: Final = 32 << 20  # unsent bytes at which front ends pause: about what a link of 10 Gbit/s
@@ -36,6 +38,8 @@ class Machine(Protocol):
     def receive_meta(self, view: memoryview) -> int: ...
     def needed_data(self, tail: memoryview) -> int: ...
     def needed_meta(self, tail: memoryview) -> int: ...
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None: ...
+    def disk_done(self, ops: list[DiskOp]) -> None: ...
 
 
 Guard = Callable[..., None]  # guard(function, *arguments)
@@ -44,13 +48,14 @@ Guard = Callable[..., None]  # guard(function, *arguments)
 class _Pair:
     """An established link."""
 
-    __slots__ = ("data", "ended", "from_data", "from_meta", "meta", "ticket", "to_data", "to_meta")
+    __slots__ = ("data", "ended", "from_data", "from_meta", "meta", "splicer", "ticket", "to_data", "to_meta")
 
     def __init__(self, ticket: int, data: socket.socket, meta: socket.socket) -> None:
         self.ticket = ticket
         self.data = data
         self.meta = meta
         self.ended: bool | None = None  # the socket the peer has closed (True for meta), while the other is heard
+        self.splicer: Splicer
         self.from_data: Receiver
         self.from_meta: Receiver
         self.to_data: Sender
@@ -60,17 +65,18 @@ class _Pair:
 class Link:
     """The current attempt or link.
 
-    *guard* runs a function of ours as one wake-up of the machine; *report* takes events, *say* warnings;
-    *on_low* is called when the send backlog has fallen again.
+    *disk* takes long writes as they come (`splice`). *guard* runs a function of ours as one wake-up of the machine;
+    *report* takes events, *say* warnings; *on_low* is called when the send backlog has fallen again.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, entropy: random.Random, machine: Machine, *,
+        self, loop: asyncio.AbstractEventLoop, entropy: random.Random, machine: Machine, disk: Disk, *,
         guard: Guard, report: Callable[[Event], None], say: Say, on_low: Callable[[], None],
     ) -> None:  # fmt: skip
         self._loop = loop
         self._entropy = entropy
         self._machine = machine
+        self._disk = disk
         self._guard = guard
         self._report = report
         self._say = say
@@ -160,7 +166,8 @@ class Link:
         self._attempt = None
         pair = _Pair(ticket, data, meta)
         machine = self._machine
-        pair.from_data = Receiver(data, machine.receive_data, machine.needed_data)
+        pair.splicer = Splicer(self._loop, data, machine, self._disk, self._guard)
+        pair.from_data = Receiver(data, machine.receive_data, machine.needed_data, begin=pair.splicer.begin)
         pair.from_meta = Receiver(meta, machine.receive_meta, machine.needed_meta)
         pair.to_data = Sender(
             self._loop, data, lambda error: self._lose_soon(pair, False, error), high=BACKLOG_HIGH,
@@ -236,6 +243,7 @@ class Link:
         self._pair = None
         self._loop.remove_reader(pair.data)
         self._loop.remove_reader(pair.meta)
+        pair.splicer.close()
         self._set_relaxed()
         return pair
 

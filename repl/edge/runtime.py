@@ -41,7 +41,7 @@ from tandem.repl.events import (
     SizeChanged,
     StateChanged,
 )
-from tandem.repl.requests import DiskOp, Owner, Request
+from tandem.repl.requests import DiskOp, Owner, PeerWrite, Request
 
 from .blockio import collect_seldom, give_memory_back, keep_memory
 from .clock import entropy
@@ -79,6 +79,7 @@ class Machine(Protocol):
     def receive_meta(self, view: memoryview) -> int: ...
     def needed_data(self, tail: memoryview) -> int: ...
     def needed_meta(self, tail: memoryview) -> int: ...
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None: ...
     def disk_done(self, ops: list[DiskOp]) -> None: ...
     def handle(self, event: Event, now: float) -> None: ...
     def tick(self, now: float) -> None: ...
@@ -119,7 +120,7 @@ class Runtime:
         self.disk = Disk(loop, self._disk_ended, self._fatal, config.name)
         self.storage = Storage(loop, self.disk, self._report, self._fatal)
         self.link = Link(
-            loop, draws, self.engine,
+            loop, draws, self.engine, self.disk,
             guard=self._guard, report=self._report, say=self._warn, on_low=self._wake,
         )  # fmt: skip
         self.handlers = Handlers(self._report, self._notify, handler_limit_s)

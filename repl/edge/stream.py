@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import numpy
 from tandem.repl.requests import Buffer
@@ -35,6 +35,14 @@ BACKLOG_LOW: Final = 1 << 20  # unsent bytes at which it may go on
 SOCKET_BUFFER: Final = 1 << 20  # asked of a Unix socket, whose default holds 200 KiB
 
 
+class Direct(Protocol):
+    """What receives the rest of a long packet instead of a buffer; ``rest`` is how many bytes that still is."""
+
+    @property
+    def rest(self) -> int: ...
+    def receive(self) -> int: ...
+
+
 class Receiver:
     """Hands the packets of a byte stream to *consume*, as many at a time as have arrived.
 
@@ -45,8 +53,8 @@ class Receiver:
     Both may raise; the exception comes out of `receive`, and the stream is then of no further use.
     """
 
-    __slots__ = ("_chunk", "_chunk_max", "_chunk_min", "_consume", "_expected", "_filled", "_long", "_mark", "_need",
-                 "_own", "_sock", "_tail", "_want")  # fmt: skip
+    __slots__ = ("_begin", "_chunk", "_chunk_max", "_chunk_min", "_consume", "_direct", "_expected", "_filled", "_long",
+                 "_mark", "_need", "_own", "_sock", "_tail", "_want")  # fmt: skip
 
     def __init__(
         self,
@@ -56,7 +64,9 @@ class Receiver:
         *,
         chunk_min: int = CHUNK_MIN,
         chunk_max: int = CHUNK_MAX,
+        begin: Callable[[memoryview], Direct | None] | None = None,
     ) -> None:
+        self._begin = begin
         self._sock = sock
         self._consume = consume
         self._need = need
@@ -67,6 +77,7 @@ class Receiver:
         self._want = 0  # the length of the incomplete packet in _tail or _own, as far as it is known
         self._own: memoryview | None = None  # the buffer of a long incomplete packet
         self._filled = 0  # bytes of _own that are there
+        self._direct: Direct | None = None  # what receives the rest of a long incomplete packet
         self._long = 0  # the length of the last packet, if that was a long one
         self._expected = 0  # the length of the next packet, if it is like the last two
         self._mark = 0 if sock.family == socket.AF_UNIX else 1  # SO_RCVLOWAT; Unix sockets wake nobody by it
@@ -79,6 +90,8 @@ class Receiver:
         """
         if self._own is not None:
             return self._receive_own(self._own)
+        if self._direct is not None:
+            return self._receive_direct(self._direct)
         if self._expected and not self._tail:
             return self._receive_expected()
         asked, tail = self._chunk, self._tail
@@ -102,8 +115,11 @@ class Receiver:
                 self._long = 0
             if used < total:
                 self._keep(view[used:])
-        if n == asked and self._own is not None:  # the rest of the long packet is there already
-            n += max(self._receive_own(self._own), 0)
+        if n == asked:  # the rest of a long packet is there already
+            if self._own is not None:
+                n += max(self._receive_own(self._own), 0)
+            elif self._direct is not None:
+                n += max(self._receive_direct(self._direct), 0)
         return n
 
     def _receive_expected(self) -> int:
@@ -119,8 +135,9 @@ class Receiver:
             return n
         self._expected = 0
         if not used and n and self._need(own[:n]) == want:
-            self._begin_own(own, n, want)
-            self._wake_for_rest()
+            if not self._begin_direct(own[:n]):
+                self._begin_own(own, n, want)
+                self._wake_for(want - n)
         elif used < n:
             self._long = 0
             self._keep(own[used:n])
@@ -134,13 +151,21 @@ class Receiver:
         self._fill_own(own, n)
         return n
 
+    def _receive_direct(self, direct: Direct) -> int:
+        n = direct.receive()
+        if not direct.rest:
+            self._direct = None
+        if n > 0:
+            self._wake_for(direct.rest)
+        return n
+
     @property
     def cut(self) -> bool:
         """Whether a packet has begun and is not complete: an end of the stream now loses it."""
-        return self._own is not None or bool(self._tail)
+        return self._own is not None or self._direct is not None or bool(self._tail)
 
     def feed(self, view: memoryview) -> None:
-        """Take bytes that were received elsewhere, in stream order (what followed a handshake)."""
+        """Take bytes that were received elsewhere, in stream order (what followed a handshake); without *begin*."""
         while view:
             own = self._own
             if own is not None:
@@ -166,7 +191,7 @@ class Receiver:
     def _fill_own(self, own: memoryview, n: int) -> None:
         self._filled += n
         if n:
-            self._wake_for_rest()
+            self._wake_for(self._want - self._filled)
         if self._filled == self._want:
             self._own = None
             self._expected = self._want if self._want == self._long <= EXPECTED_MAX else 0
@@ -175,9 +200,9 @@ class Receiver:
             if used < len(own):
                 self._keep(own[used:])
 
-    def _wake_for_rest(self) -> None:
-        """Have the loop woken when enough of it is there, or at the end of the stream; not by each segment."""
-        mark = max(min(self._want - self._filled, WAKE_BYTES), 1)
+    def _wake_for(self, rest: int) -> None:
+        """Have the loop woken when enough of the *rest* is there, or at the end of the stream; not by each segment."""
+        mark = max(min(rest, WAKE_BYTES), 1)
         if self._mark and mark != self._mark:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
             self._mark = mark
@@ -191,9 +216,19 @@ class Receiver:
         if want - have < OWN_BUFFER_MIN:
             self._tail = bytes(rest)
             return
+        if self._begin_direct(rest):
+            return
         own = _buffer(want)
         own[:have] = rest
         self._begin_own(own, have, want)
+
+    def _begin_direct(self, rest: memoryview) -> bool:
+        self._direct = self._begin(rest) if self._begin is not None else None
+        if self._direct is None:
+            return False
+        self._chunk = CHUNK_PROBE
+        self._wake_for(self._direct.rest)
+        return True
 
     def _begin_own(self, own: memoryview, filled: int, want: int) -> None:
         self._own, self._filled, self._want = own, filled, want

@@ -12,14 +12,20 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import uvloop
 from tandem.repl.config import Endpoint, NetOptions, ResourceConfig
+from tandem.repl.edge.blockio import Device
 from tandem.repl.edge.connecting import INITIAL, RETRY_S
+from tandem.repl.edge.disk import Disk, OpenVolume
 from tandem.repl.edge.link import Link
 from tandem.repl.events import Event, LinkFailed, LinkLost, LinkUp
+from tandem.repl.requests import DiskOp, Op, PeerEpoch, PeerWrite
 
 NET = NetOptions(ping_timeout=1, socket_check_timeout=1)  # 0.1 s each
+LONG = 256 << 10
 DATA, META = INITIAL[False], INITIAL[True]
 
 
@@ -39,12 +45,16 @@ class Node:
         self.meta = b""
         self.events: list[Event] = []
         self.said: list[tuple[str, str]] = []
-        self.mistakes: list[Exception] = []
+        self.mistakes: list[BaseException] = []
+        self.long = False  # what comes on the data socket is one long packet
         self.n_low = 0
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
+        self.writes: list[PeerWrite] = []  # that are taken as they come: all that are long enough
+        self.ended: list[tuple[int, DiskOp]] = []  # after how many events, and which
+        self.disk = Disk(loop, lambda ops: None, self.mistakes.append)
         self.link = Link(
-            loop, random.Random(seed), self, guard=self.guard, report=self.report,
+            loop, random.Random(seed), self, self.disk, guard=self.guard, report=self.report,
             say=lambda text, why: self.said.append((text, why)), on_low=self.on_low,
         )  # fmt: skip
 
@@ -64,6 +74,8 @@ class Node:
         self.changed.set()
 
     def receive_data(self, view: memoryview) -> int:
+        if self.long:
+            return 0
         self.data += view
         return len(view)
 
@@ -72,10 +84,20 @@ class Node:
         return len(view)
 
     def needed_data(self, tail: memoryview) -> int:
-        return len(tail) + 1
+        return LONG + 40 if self.long else len(tail) + 1
 
     def needed_meta(self, tail: memoryview) -> int:
         return len(tail) + 1
+
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None:
+        if not takes(0):
+            return None
+        self.writes.append(PeerWrite(Op.WRITE, 0, 0, LONG, None, 0, 1, 0, PeerEpoch()))
+        self.changed.set()
+        return self.writes[-1]
+
+    def disk_done(self, ops: list[DiskOp]) -> None:
+        self.ended += [(len(self.events), op) for op in ops]
 
     async def until(self, what: Callable[[], object], limit_s: float = 20) -> None:
         async with asyncio.timeout(limit_s):
@@ -460,5 +482,38 @@ def test_a_reset_while_sending_is_a_loss() -> None:
         assert len(node.events) == 2
         meta.close()
         await node.link.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize("who", ["the peer", "the machine", "the daemon"])
+def test_a_link_that_ends_in_the_middle_of_a_long_write_tells_the_machine_so_first(tmp_path: Path, who: str) -> None:
+    async def test() -> None:
+        one, two = await connected()
+        path = tmp_path / "disk"
+        path.write_bytes(bytes(LONG))
+        with path.open("r+b") as file:
+            device = Device(file.fileno())
+            volume = OpenVolume(device, device, lambda: None)
+            two.disk.add(0, volume)
+            two.long = True
+            one.link.send_data([b"n" * 40, b"n" * 10_000])
+            await two.until(lambda: two.writes)
+            assert volume.n_inflight == 1 and two.ended == []
+            if who == "the peer":
+                one.link.close(1, 0)
+                await two.until(lambda: two.ended)
+                assert isinstance(two.events[-1], LinkLost) and two.ended == [(len(two.events), two.writes[0])]
+            elif who == "the machine":
+                two.link.close(2, 0.1)
+                assert two.ended == []
+                await two.until(lambda: two.ended)
+            else:
+                await two.link.stop()
+            assert volume.n_inflight == 0 and not two.writes[0].error
+            await one.link.stop()
+            await two.link.stop()
+            two.disk.stop()
+            one.disk.stop()
 
     run(test)

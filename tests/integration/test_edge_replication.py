@@ -15,6 +15,7 @@ import uvloop
 from tandem.repl import attach
 from tandem.repl.config import DiskOptions, Endpoint, NetOptions, ResourceConfig, VolumeConfig
 from tandem.repl.edge.runtime import Runtime
+from tandem.repl.edge.splice import Splice
 from tandem.repl.edge.store import FileStore
 from tandem.repl.errors import Refusal
 from tandem.repl.events import Notify, StateChanged
@@ -318,6 +319,48 @@ def test_a_lost_link_during_writes_loses_none_of_them(directory: Path) -> None:
             await client.all_back()
         assert not client.failed
         await pair.in_sync()
+        assert pair.a.content(usable) == pair.b.content(usable) == bytes(image)
+
+    run(directory, test)
+
+
+def test_a_link_lost_in_the_middle_of_long_writes_loses_none_of_them(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go to the peer's disk as they come, so that a part of one is there when its link ends."""
+    receive, splice, n_parts, cuts = Splice.receive, os.splice, 0, 0
+
+    def slowly(source: int, to: int, count: int, **more: int) -> int:
+        """Of a network as fast as this one's hardly a write comes in parts."""
+        nonlocal n_parts
+        if "offset_dst" not in more:
+            n_parts += 1
+            if n_parts % 2:
+                raise BlockingIOError
+        return splice(source, to, min(count, 64 << 10), **more)
+
+    def received(one: Splice) -> int:
+        nonlocal cuts
+        n = receive(one)
+        if one.rest and n_parts > 300 * (cuts + 1):
+            cuts += 1
+            one._sock.shutdown(2)
+        return n
+
+    monkeypatch.setattr(os, "splice", slowly)
+    monkeypatch.setattr(Splice, "receive", received)
+
+    async def test(pair: Pair, usable: int) -> None:
+        await pair.primary()
+        client, draw = pair.a.client, random.Random(6)
+        image = bytearray(usable)
+        for _ in range(30):
+            offset, length = draw.randrange(usable // MIB - 2) * MIB + 512, 2 * MIB - 512
+            image[offset : offset + length] = data = draw.randbytes(length)
+            client.submit(client.make(Op.WRITE, offset, length, data))
+            await client.all_back()
+            await pair.in_sync()
+        assert not client.failed and cuts > 2
         assert pair.a.content(usable) == pair.b.content(usable) == bytes(image)
 
     run(directory, test)

@@ -33,7 +33,7 @@ from tandem.repl.events import (
     RunHandler,
     StateChanged,
 )
-from tandem.repl.requests import FUA, DiskOp, Op, Request
+from tandem.repl.requests import FUA, DiskOp, Op, PeerWrite, Request
 
 SIZE = 1 << 20
 CONFIG = ResourceConfig(
@@ -113,6 +113,9 @@ class Script:
         return len(tail) + 1
 
     needed_meta = needed_data
+
+    def begin_write(self, view: memoryview, takes: Callable[[int], bool]) -> PeerWrite | None:
+        return None
 
 
 class Client:
