@@ -254,7 +254,7 @@ class Healer:
         for node in world.nodes:  # TCP itself gives up on a stream that is never acknowledged
             for pipe in node.link.inbound if node.link is not None else ():
                 pipe.silent = False
-        world.mix = replace(world.mix, chunk=False, early=False, tick=0.05, reconnect=4.0)
+        world.mix = replace(world.mix, chunk=False, trickle=False, early=False, tick=0.05, reconnect=4.0)
         limit = HEAL_SECONDS_MAX + world.mix.size / (100 << 10)
         start, n_idle = world.n_steps, 0
         while not self._healed():

@@ -8,6 +8,10 @@ while and a write may be on the platter long before anybody is told.
 
 A flush makes durable what was *completed* when the flush was submitted, and nothing else: the least a disk
 promises. Overlapping writes must never be in flight together, and the disk says so when they are.
+
+A long write may begin before all its bytes are there (`begin`): the edge writes it by the page as they come
+from the peer. It is one operation all the same, in flight from its first byte on, and no flush need cover
+what is written of it before it has ended.
 """
 
 from __future__ import annotations
@@ -199,14 +203,49 @@ def _without(entry: Unflushed, start: int, end: int) -> list[Unflushed]:
 class Flight:
     """One operation between submission and completion."""
 
-    __slots__ = ("covers", "entry", "executed", "op", "serial")
+    __slots__ = ("covers", "entries", "executed", "op", "serial")
 
     def __init__(self, op: DiskOp, serial: int) -> None:
         self.op = op
         self.serial = serial
         self.executed = False
-        self.entry: Unflushed | None = None
+        self.entries: list[Unflushed] = []  # what it has written
         self.covers: list[Unflushed] = []
+
+    @property
+    def arriving(self) -> bool:
+        """Is it a write that waits for bytes of its own? Nobody but the link can end it then."""
+        return False
+
+
+class Arriving(Flight):
+    """A write whose bytes come one after the other, and are written as they do."""
+
+    __slots__ = ("data", "n_written")
+
+    def __init__(self, op: DiskOp, serial: int) -> None:
+        super().__init__(op, serial)
+        self.data = bytearray()  # what has come
+        self.n_written = 0  # bytes of it that went to the disk, or would have, had it not failed
+
+    @property
+    def arriving(self) -> bool:
+        return not self.executed
+
+    @property
+    def rest(self) -> int:
+        return self.op.length - len(self.data)
+
+    def next_piece(self) -> DiskOp | None:
+        """What can be written now: up to the end of a page of the device, or of the write."""
+        op, at = self.op, self.op.offset + self.n_written
+        end = op.offset + len(self.data)
+        end = end // PAGE * PAGE if self.rest else end
+        if end <= at:
+            return None
+        payload = bytes(self.data[self.n_written : end - op.offset])
+        self.n_written = end - op.offset
+        return DiskOp(op.op, op.volume, at, len(payload), payload)
 
 
 Listener = Callable[["FakeDisk", DiskOp], None]
@@ -233,21 +272,32 @@ class FakeDisk:
     # ------------------------------------------------------------------ the machine's side
 
     def submit(self, op: DiskOp) -> None:
-        device = self.devices[op.area]
+        if op.op == Op.WRITE and (op.payload is None or len(op.payload) != op.length):
+            raise DiskAbuse(f"{op!r} comes without its {op.length} bytes")
+        flight = Flight(op, self._serial)
+        self._take(flight)
+        if op.op == Op.FLUSH or op.flags & PREFLUSH:
+            flight.covers = self.devices[op.area].completed()
+
+    def begin(self, op: DiskOp) -> Arriving:
+        """Take a write of which not all bytes are there yet; `arrive` brings them."""
+        if op.op != Op.WRITE or op.payload is not None or op.flags:
+            raise DiskAbuse(f"{op!r} cannot be written as it comes")
+        flight = Arriving(op, self._serial)
+        self._take(flight)
+        return flight
+
+    def _take(self, flight: Flight) -> None:
+        op, device = flight.op, self.devices[flight.op.area]
         if op.op != Op.FLUSH:
             if op.length <= 0 or op.offset < 0 or op.offset + op.length > device.size:
                 raise DiskAbuse(f"{op!r} lies outside the device of {device.size} bytes")
             if op.offset % SECTOR or op.length % SECTOR:
                 raise DiskAbuse(f"{op!r} is not aligned to sectors")
-        if op.op == Op.WRITE and (op.payload is None or len(op.payload) != op.length):
-            raise DiskAbuse(f"{op!r} comes without its {op.length} bytes")
         if op.op not in (Op.READ, Op.FLUSH):
             self._refuse_overlap(op, device)
         self.on_submit(self, op)
-        flight = Flight(op, self._serial)
         self._serial += 1
-        if op.op == Op.FLUSH or op.flags & PREFLUSH:
-            flight.covers = device.completed()
         self.flights.append(flight)
 
     def _refuse_overlap(self, op: DiskOp, device: FakeDevice) -> None:
@@ -259,7 +309,31 @@ class FakeDisk:
             ):  # fmt: skip
                 raise DiskAbuse(f"overlapping writes in flight together: {o!r} and {op!r}")
 
+    # ------------------------------------------------------------------ the edge's side
+
+    def arrive(self, flight: Arriving, data: Buffer) -> None:
+        """The next bytes of a write that has begun; the last ones execute it."""
+        op, device = flight.op, self.devices[flight.op.area]
+        flight.data += data
+        piece = flight.next_piece()
+        if piece is not None and not op.error:
+            flight.entries.append(device.write(piece.offset, piece.length, piece.payload))
+            self.on_execute(self, piece)
+        if not flight.rest:
+            flight.executed = True
+            if not op.error:  # now it is there as a whole
+                self.on_execute(self, DiskOp(op.op, op.volume, op.offset, op.length, bytes(flight.data)))
+
+    def abandon(self, flight: Arriving) -> None:
+        """The rest of it never comes: the write ends with what was written, and nobody is told that it is a part."""
+        flight.executed = True
+
     # ------------------------------------------------------------------ the world's side
+
+    @property
+    def ready(self) -> list[Flight]:
+        """The operations that the disk can go on with."""
+        return [flight for flight in self.flights if not flight.arriving]
 
     def execute(self, flight: Flight, error: int = 0) -> None:
         """Do what *flight* asks, or fail it with *error* (a failed write may have happened or not)."""
@@ -276,7 +350,7 @@ class FakeDisk:
             device.flush(flight.covers)
         if op.op != Op.FLUSH:
             data = op.payload if op.op == Op.WRITE else None
-            flight.entry = device.write(op.offset, op.length, data, through=bool(op.flags & FUA))
+            flight.entries.append(device.write(op.offset, op.length, data, through=bool(op.flags & FUA)))
         self.on_execute(self, op)
 
     def fail(self, flight: Flight, chooser: Chooser) -> bool:
@@ -285,6 +359,9 @@ class FakeDisk:
         Such a failure is told once: the next flush knows nothing of it. Source: fsync(2), EIO.
         """
         op, device = flight.op, self.devices[flight.op.area]
+        if flight.arriving:  # its next piece: whoever asked hears of it at the end
+            op.error = EIO
+            return False
         self.execute(flight, EIO)
         if op.op != Op.FLUSH and not op.flags & (FUA | PREFLUSH):
             return False
@@ -295,9 +372,10 @@ class FakeDisk:
         """Take *flight* out of the queue; its operation is to be handed back to the machine now."""
         assert flight.executed
         self.flights.remove(flight)
-        if flight.entry is not None:
+        if flight.entries:
+            written = {id(entry) for entry in flight.entries}
             for entry in self.devices[flight.op.area].cache:
-                if entry.root is flight.entry:
+                if id(entry.root) in written:
                     entry.completed = True
         return flight.op
 
@@ -305,8 +383,8 @@ class FakeDisk:
         """The process is gone: operations not yet executed happened wholly, in part, or not at all."""
         for flight in self.flights:
             op = flight.op
-            if flight.executed or op.op in (Op.READ, Op.FLUSH):
-                continue
+            if flight.executed or flight.arriving or op.op in (Op.READ, Op.FLUSH):
+                continue  # of a write that was arriving the page cache has what was written
             fate = chooser.choose(3)  # 0: never happened, 1: happened, 2: its first half did
             length = op.length if fate == 1 else op.length // 2 // SECTOR * SECTOR
             if fate and length:

@@ -77,6 +77,7 @@ class Mix:
     flushes: float = 1
     # ordinary progress
     chunk: bool = True  # the network delivers in pieces
+    trickle: bool = False  # … most of what the data socket carries, so that writes are seldom whole when they come
     early: bool = True  # operations are executed long before they complete
     tick: float = 0.3
     # the operator
@@ -158,7 +159,10 @@ def draw(chooser: Chooser) -> Mix:
         rs_discard=(0, 0, 4096, 65536)[chooser.choose(4)],
         auto_promote=rarely(4),
         resync_handlers=rarely(4),
+        trickle=rarely(4),
     )
+    if mix.trickle:
+        mix = long_writes(mix)
     if mix.on_io_error == "detach" and rarely(6):
         mix = replace(mix, on_io_error="call-local-io-error")
     if mix.size == LARGE:
@@ -168,6 +172,20 @@ def draw(chooser: Chooser) -> Mix:
     if mix.two_primaries or (mix.fencing is Fencing.RESOURCE_AND_STONITH and mix.protocol == "A"):
         mix = replace(mix, protocol="C")
     return mix
+
+
+def long_writes(mix: Mix) -> Mix:
+    """Long writes that take long on their way to a connected peer, where alone they go to the disk as they come."""
+    return replace(
+        mix, trickle=True, big_writes=True, protocol="C", two_primaries=False, fresh=False, integrity="",
+        size=min(mix.size, 9 * MIB), queue_depth=4, client=15, reconnect=4, admin=min(mix.admin, 0.1),
+        cut=mix.cut or 0.05,
+    )  # fmt: skip
+
+
+def strained(mix: Mix) -> Mix:
+    """The trouble while a long write is on its way: such moments are short, and would meet hardly any otherwise."""
+    return replace(mix, cut=10 * mix.cut, process_crash=10 * mix.process_crash, power_cut=10 * mix.power_cut)
 
 
 def configuration(mix: Mix, node: int) -> ResourceConfig:

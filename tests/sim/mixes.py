@@ -7,6 +7,7 @@ from dataclasses import replace
 from tandem.repl.config import AfterSb, Fencing
 
 from tests.sim.mix import LARGE, MIB, Mix
+from tests.sim.mix import long_writes as mix_of_long_writes
 
 
 def many_extents_and_crashes(mix: Mix) -> Mix:
@@ -106,3 +107,19 @@ def two_write_at_once(mix: Mix) -> Mix:
         mix, two_primaries=True, fencing=Fencing.DONT_CARE, protocol="C", n_spots=1, client=15, size=2 * MIB,
         cut=0, process_crash=0, power_cut=0, eio=0, half_dead=0,
     )  # fmt: skip
+
+
+def long_writes(mix: Mix) -> Mix:
+    """Hardly anything but long writes to a connected peer, and links, processes and disks that fail meanwhile."""
+    return replace(
+        mix_of_long_writes(mix), steps=360, size=2 * MIB, n_volumes=1, n_spots=12, flushes=1, fencing=Fencing.DONT_CARE,
+        cut=0.1, process_crash=0.02, power_cut=0.02, eio=0.015, reboot=4, admin=0, tick=0.1, chunk=True, early=True,
+    )  # fmt: skip
+
+
+def long_writes_and_cuts(mix: Mix) -> Mix:
+    return replace(long_writes(mix), cut=0.5, process_crash=0, power_cut=0, eio=0)
+
+
+def long_writes_and_resyncs(mix: Mix) -> Mix:
+    return replace(long_writes(mix), cut=0.2, process_crash=0, power_cut=0.05, eio=0, n_spots=4, queue_depth=8)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+from unittest import mock
 
-from tandem.repl import attach
+from tandem.repl import attach, replica
 from tandem.repl.activity_log import initialised_block
 from tandem.repl.config import ResourceConfig
 from tandem.repl.engine import Engine
@@ -28,10 +29,11 @@ from tandem.repl.events import (
 from tandem.repl.metadata import BLOCK_SIZE, Layout, MdFlag, Superblock, layout
 from tandem.repl.requests import DATA, META, Request
 from tandem.repl.states import ConnState, DiskState, Role, State
+from tandem.repl.wire import DATA_PACKET
 
 from .client import Write
-from .fake_disk import SECTOR, FakeDevice, FakeDisk, FakeStore
-from .fake_link import LinkEnd
+from .fake_disk import SECTOR, Arriving, FakeDevice, FakeDisk, FakeStore
+from .fake_link import DATA_SOCKET, LinkEnd
 from .handlers import Running
 from .mix import MIB, Mix
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .world import World
 
 META_DEVICE: int = 2 * MIB  # size of an external metadata device
+LONG_MIN: Final = SECTOR  # what counts as a long write here, where few are longer than some blocks
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class Node:
         self.engine = None
         self.due: float | None = None  # when the machine wants to be woken
         self.link = None
+        self.splice: Arriving | None = None  # a long write of the peer that goes to the disk as it comes
         self.connect: int | None = None  # ticket of an outstanding Connect
         self.attaches: list[Attach] = []
         self.handlers: list[Running] = []
@@ -252,10 +256,52 @@ class Node:
         engine, end = self.engine, self.link
         assert engine is not None and end is not None
         pipe = end.inbound[socket]
+        if self.splice is not None and socket == DATA_SOCKET:
+            pipe.rx = self._arrived(self.splice, pipe.rx)
+            if end.closed or not pipe.rx:
+                return
         view = memoryview(pipe.rx)
         n = engine.receive_meta(view) if socket else engine.receive_data(view)
         assert 0 <= n <= len(view)
         pipe.rx = pipe.rx[n:]
+        if socket == DATA_SOCKET and len(pipe.rx) >= DATA_PACKET.size and self._begin(memoryview(pipe.rx)):
+            pipe.rx = b""
+
+    # ------------------------------------------------------------------ long writes, as `edge.splice` does them
+
+    def _begin(self, rest: memoryview) -> bool:
+        """Does *rest* begin a write of the peer that goes to the disk as it comes? The chooser may want it so."""
+        assert self.engine is not None
+        with mock.patch.object(replica, "LONG_MIN", LONG_MIN):
+            w = self.engine.begin_write(rest, lambda volume: self.world.chooser.choose(2) == 1)
+        if w is None:
+            return False
+        self.world.counts["splices"] += 1
+        self.world.note(self, "splices", w)
+        self.splice = self.disks[w.volume].begin(w)
+        self._arrived(self.splice, bytes(rest[DATA_PACKET.size :]))
+        return True
+
+    def _arrived(self, splice: Arriving, data: bytes) -> bytes:
+        """*splice* gets the first of *data*; what is left is another packet's."""
+        world, n = self.world, splice.rest
+        self.disks[splice.op.volume].arrive(splice, data[:n])
+        if not splice.arriving:
+            self.splice = None
+            world.counts["failed"] += bool(splice.op.error)
+            if not (world.mix.early and world.chooser.choose(4) == 3):  # else its end is as late as another write's
+                world.complete(self, splice.op.volume, [splice])
+        return data[n:]
+
+    def abandon(self) -> None:
+        """The link has ended, and the machine knows: of a write that was arriving it hears some time later."""
+        splice, self.splice = self.splice, None
+        if splice is not None:
+            self.world.counts["abandoned"] += 1
+            self.world.counts["abandoned in the middle"] += bool(splice.entries)
+            self.disks[splice.op.volume].abandon(splice)
+
+    # ------------------------------------------------------------------ effects
 
     def _effect(self, effect: Effect) -> None:
         world = self.world
@@ -264,6 +310,7 @@ class Node:
                 if self.link is not None:
                     self.link.close()
                     self.link = None
+                    self.abandon()
                 self.connect = ticket
             case Close(ticket):
                 if self.connect == ticket:
@@ -271,6 +318,7 @@ class Node:
                 if self.link is not None and self.link.ticket == ticket:
                     self.link.close(world.lost_suffix(self.link))
                     self.link = None
+                    self.abandon()
             case Attach():
                 self.attaches.append(effect)
             case ReleaseDisk(volume):

@@ -32,6 +32,7 @@ from tandem.repl.transfer_log import TransferLog
 from tandem.repl.volume import Volume
 from tandem.repl.wire import Packet
 
+from tests.sim import long_write_plants as begun
 from tests.sim import mixes
 from tests.sim.mix import Mix
 
@@ -529,6 +530,18 @@ PLANTS = (
         _settled_writes_forgotten,
         mixes.power_cuts_behind_short_epochs,
     ),
+    Plant("acked when begun", "a long write is acked when it begins", begun.acked_when_begun, mixes.long_writes),
+    Plant(
+        "abandoned acked", "a write that never came whole is acked", begun.abandoned_acked, mixes.long_writes_and_cuts
+    ),
+    Plant(
+        "begun in a resync",
+        "nothing waits for such a write",
+        begun.begun_during_a_resync,
+        mixes.long_writes_and_resyncs,
+    ),
+    Plant("FUA begun", "a FUA write begins like any other", begun.fua_begun, mixes.long_writes),
+    Plant("begun uncounted", "a write that has begun is not waited for", begun.not_counted, mixes.long_writes),
     Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, mixes.two_write_at_once),
 )
 

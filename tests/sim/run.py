@@ -10,6 +10,7 @@ import gc
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a file: the repository's root is what imports start from
@@ -92,6 +93,7 @@ def main() -> int:
     seeds = [args.seed] if args.seed is not None else range(args.first, args.first + args.n)
     gc.disable()  # worlds are full of cycles, and die all at once
     start, n_failed, n_steps, n_acked, n = time.process_time(), 0, 0, 0, 0
+    counts: Counter[str] = Counter()
     for seed in seeds:
         n += 1
         if n % COLLECT_EVERY == 0:
@@ -99,6 +101,7 @@ def main() -> int:
         try:
             world = run_seed(seed)
             n_steps += world.n_steps
+            counts += world.counts
             n_acked += sum(ledger.n_acked for ledger in world.ledgers)
         except Failure as failure:
             n_failed += 1
@@ -112,6 +115,7 @@ def main() -> int:
         f"{n} runs, {n_failed} failed, {n_steps} steps, {n_acked} writes answered, {spent:.1f} s CPU"
         f" ({n / max(spent, 1e-9):.0f} runs/s)"
     )
+    print(", ".join(f"{what}: {n}" for what, n in sorted(counts.items())))
     return 1 if n_failed else 0
 
 

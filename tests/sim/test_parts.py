@@ -7,7 +7,7 @@ from tandem.repl.requests import FUA, META, PREFLUSH, DiskOp, Op
 
 from tests.sim.chooser import ScriptedChooser, SeededChooser, explore, next_script
 from tests.sim.client import SECTOR, ForeignData, Ledger
-from tests.sim.fake_disk import EIO, DiskAbuse, FakeDevice, FakeDisk, FakeStore, HostCrash, Sparse
+from tests.sim.fake_disk import EIO, Arriving, DiskAbuse, FakeDevice, FakeDisk, FakeStore, HostCrash, Sparse
 from tests.sim.fake_link import make_link
 
 MIB = 1 << 20
@@ -153,6 +153,57 @@ def test_a_read_keeps_the_bytes_of_the_moment_it_was_executed() -> None:
     disk.execute(disk.flights[0])
     run_op(disk, write(0, b"a" * 512))
     assert disk.complete(disk.flights[0]).payload == bytes(512)
+
+
+def arriving(offset: int, length: int) -> tuple[FakeDisk, Arriving]:
+    disk = FakeDisk(FakeDevice(MIB))
+    return disk, disk.begin(DiskOp(Op.WRITE, 0, offset, length))
+
+
+def test_a_write_that_arrives_is_written_by_the_page_and_is_in_flight_until_its_end() -> None:
+    disk, flight = arriving(3584, 9216)  # the end of a page, two pages, the beginning of one
+    written: list[tuple[int, int]] = []
+    disk.on_execute = lambda d, op: written.append((op.offset, op.length))
+    for n in (500, 12, 4000, 4000, 704):
+        assert flight.arriving and not disk.ready
+        with pytest.raises(DiskAbuse, match="overlapping"):
+            disk.submit(write(12288, b"b" * 512))
+        disk.arrive(flight, b"a" * n)
+    assert written == [(3584, 512), (4096, 4096), (8192, 4608), (3584, 9216)]
+    assert disk.ready == [flight] and disk.complete(flight).error == 0
+    assert disk.devices[0].live.read(3584, 9216) == b"a" * 9216
+
+
+def test_no_flush_covers_a_write_that_arrives_before_it_has_ended() -> None:
+    disk, flight = arriving(0, 8192)
+    disk.arrive(flight, b"a" * 5000)
+    run_op(disk, DiskOp(Op.FLUSH, 0, 0, 0))
+    assert disk.devices[0].durable.read(0, 4096) == bytes(4096)
+    disk.arrive(flight, b"a" * 3192)
+    disk.complete(flight)
+    run_op(disk, DiskOp(Op.FLUSH, 0, 0, 0))
+    assert disk.devices[0].durable.read(0, 8192) == b"a" * 8192
+
+
+def test_what_never_arrives_is_not_written_and_what_did_stays() -> None:
+    disk, flight = arriving(0, 8192)
+    disk.arrive(flight, b"a" * 5000)
+    disk.abandon(flight)
+    assert disk.complete(flight).error == 0 and not disk.flights
+    crashed, flight = arriving(0, 8192)
+    crashed.arrive(flight, b"a" * 5000)
+    crashed.process_crash(ScriptedChooser())
+    for device in (disk.devices[0], crashed.devices[0]):
+        assert device.live.read(0, 8192) == b"a" * 4096 + bytes(4096)
+
+
+def test_a_write_that_arrives_fails_at_its_end() -> None:
+    disk, flight = arriving(0, 8192)
+    disk.arrive(flight, b"a" * 5000)
+    assert not disk.fail(flight, ScriptedChooser()) and flight.arriving
+    disk.arrive(flight, b"a" * 3192)
+    assert disk.complete(flight).error == EIO
+    assert disk.devices[0].live.read(0, 8192) == b"a" * 4096 + bytes(4096)
 
 
 def test_failed_operations_carry_the_error() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from tandem.repl import local_flush, mirror, replica
 
+from tests.sim import mixes
 from tests.sim.chooser import SeededChooser
 from tests.sim.mix import draw
 from tests.sim.run import run_seed
@@ -15,6 +17,7 @@ from tests.sim.scenarios import SCENARIOS, Scenario, explore_scenario
 N_RANDOM = 800
 FIRST_SEED = 1
 SLICES = 10
+N_LONG = 120
 
 # Seeds that once found a bug. The draw of a mix may change what a seed does; they are kept all the same.
 FAILED_ONCE: tuple[int, ...] = (
@@ -38,6 +41,15 @@ def test_flushes_that_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "HABIT", 1)
     for seed in range(FIRST_SEED, FIRST_SEED + 60):
         run_seed(seed, replace(draw(SeededChooser(seed)), queue_depth=1, flushes=12))
+
+
+def test_long_writes_that_end_in_the_middle() -> None:
+    """Writes that go to the disk as they come, and every way in which the rest of one may fail to."""
+    counts: Counter[str] = Counter()
+    for seed in range(FIRST_SEED, FIRST_SEED + N_LONG):
+        counts += run_seed(seed, mixes.long_writes(draw(SeededChooser(seed)))).counts
+    ways = ("abandoned", "abandoned in the middle", "crash in a splice", "power cut in a splice", "failed")
+    assert counts["splices"] > N_LONG / 2 and all(counts[way] for way in ways), counts
 
 
 @pytest.mark.parametrize("seed", FAILED_ONCE)

@@ -7,8 +7,8 @@ somebody waits. The first option is always ordinary progress, so a run that alwa
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tandem.repl.config import Fencing
@@ -21,9 +21,9 @@ from . import admin, handlers
 from .checkers import Checks
 from .chooser import Chooser
 from .client import SECTOR, Ledger
-from .fake_disk import HostCrash
-from .fake_link import LinkEnd, make_link
-from .mix import Mix, configuration
+from .fake_disk import Flight, HostCrash
+from .fake_link import DATA_SOCKET, LinkEnd, make_link
+from .mix import Mix, configuration, strained
 from .node import Ask, Node
 
 Option = tuple[float, Callable[..., None], tuple[Any, ...]]
@@ -31,6 +31,9 @@ Option = tuple[float, Callable[..., None], tuple[Any, ...]]
 PROGRESS = 10.0
 REQUEST_SIZES = (8, 8, 8, 8, 1, 3, 16, 24)  # sectors
 BUSY_TICKS_MAX = 2000
+PIECE_FAILS = 40.0  # so many times as often as another operation: a write is seldom in pieces
+ONE_END = ((0, 0), (0, 1), (1, 0), (1, 1))  # node and socket
+CUTS = (3.0, 1.0, 1.0, 1.0, 1.0)  # all of the link, or one of these
 
 
 class Violation(AssertionError):
@@ -61,6 +64,7 @@ class World:
         self.now = 1000.0
         self.n_steps = 0
         self.trace: deque[tuple[int, float, str, tuple[object, ...]]] = deque(maxlen=4000)
+        self.counts: Counter[str] = Counter()  # how often what must not be missing has happened
         self.ledgers = [Ledger(v, first_id=1 + v * 1_000_000) for v in range(mix.n_volumes)]
         self.checks = Checks(self)
         self.nodes = (Node(self, 0, mix, configuration(mix, 0)), Node(self, 1, mix, configuration(mix, 1)))
@@ -142,12 +146,13 @@ class World:
             elif end is not None and not end.closed:
                 for socket in (1, 0):
                     pipe = end.inbound[socket]
-                    if pipe.incoming:
-                        options.append((PROGRESS, self.deliver, (node, socket)))
+                    if pipe.incoming:  # the rest of a long write is slow, so that other things happen meanwhile
+                        slow = socket == DATA_SOCKET and node.splice is not None
+                        options.append((PROGRESS / 4 if slow else PROGRESS, self.deliver, (node, socket)))
                     elif pipe.end_visible:
                         options.append((PROGRESS / 2, self.link_lost, (node, socket)))
             for v, disk in node.disks.items():
-                if disk.flights:
+                if disk.ready:
                     options.append((PROGRESS, self.disk_op, (node, v)))
             if node.attaches:
                 options.append((PROGRESS, self.attach, (node,)))
@@ -189,7 +194,9 @@ class World:
         assert end is not None and node.engine is not None
         pipe = end.inbound[socket]
         n = len(pipe.incoming)
-        if self.mix.chunk and self.chooser.choose(3) == 2:
+        # Not what a Primary hears of the peer's disk: a barrier ack that overtakes that by seconds is not caught.
+        trickles = self.mix.trickle and socket == DATA_SOCKET and node.connected and not node.primary
+        if (trickles or self.mix.chunk) and self.chooser.choose(3) > (0 if trickles else 1):
             n = 1 + self.chooser.choose(n)
         pipe.deliver(n)
         self.note(node, "receives", ("data", "meta")[socket], n)
@@ -207,19 +214,23 @@ class World:
 
     def disk_op(self, node: Node, volume: int) -> None:
         disk = node.disks[volume]
-        flight = disk.flights[self.chooser.choose(len(disk.flights))]
+        ready = disk.ready
+        flight = ready[self.chooser.choose(len(ready))]
         if not flight.executed:
             disk.execute(flight)
             if self.mix.early and self.chooser.choose(4) == 3:
                 self.note(node, "executes", Brief(flight.op))
                 return
         done = [flight]
-        if self.mix.early and len(disk.flights) > 1 and self.chooser.choose(3) == 2:
-            done += [f for f in disk.flights if f.executed and f is not flight]
-        self._complete(node, volume, done)
+        if self.mix.early and len(ready) > 1 and self.chooser.choose(3) == 2:
+            done += [f for f in ready if f.executed and f is not flight]
+        self.complete(node, volume, done)
 
-    def _complete(self, node: Node, volume: int, done: list[Any]) -> None:
+    def complete(self, node: Node, volume: int, done: Sequence[Flight]) -> None:
         assert node.engine is not None
+        for flight in done:
+            if flight.op.error:  # of a write that came in pieces it hears late: it may have been promoted meanwhile
+                self._may_lose_disk(node, flight)
         ops = [node.disks[volume].complete(f) for f in done]
         self.note(node, "disk done", *map(Brief, ops))
         node.engine.now = self.now
@@ -374,6 +385,8 @@ class World:
 
     def _trouble(self, options: list[Option]) -> None:
         m = self.mix
+        if any(node.splice is not None for node in self.nodes):
+            m = strained(m)
         for node in self.nodes:
             if node.engine is None:
                 options.append((m.reboot, self.boot, (node,)))
@@ -384,8 +397,10 @@ class World:
                 options.append((m.power_cut, self.crash, (node, True)))
             if m.eio:
                 for v, disk in node.disks.items():
-                    if any(not f.executed for f in disk.flights):
+                    if any(not f.executed for f in disk.ready):
                         options.append((m.eio, self.eio, (node, v)))
+                if node.splice is not None:
+                    options.append((PIECE_FAILS * m.eio, self.fail_flight, (node, node.splice)))
         linked = [n for n in self.nodes if n.link is not None]
         if linked and m.cut:
             options.append((m.cut, self.cut, ()))
@@ -415,6 +430,7 @@ class World:
             for ask in node.clients.open.values():
                 if ask.write is not None and ask.write.volume == v:
                     ledger.gave_up(ask.write)
+        self.counts["power cut in a splice" if power else "crash in a splice"] += node.splice is not None
         self.checks.crashing(node)
         node.forget()
         for v, disk in node.disks.items():
@@ -427,14 +443,24 @@ class World:
 
     def eio(self, node: Node, volume: int) -> None:
         """The disk fails one operation."""
-        flights = [f for f in node.disks[volume].flights if not f.executed]
-        flight = flights[self.chooser.choose(len(flights))]
-        if node.primary and (flight.op.area == META or self.mix.on_io_error != "pass_on"):
-            self.checks.generations.lost(node, volume, self.checks.record(node, volume))
+        flights = [f for f in node.disks[volume].ready if not f.executed]
+        self.fail_flight(node, flights[self.chooser.choose(len(flights))])
+
+    def fail_flight(self, node: Node, flight: Flight) -> None:
+        volume = flight.op.volume
+        self._may_lose_disk(node, flight)
         if node.disks[volume].fail(flight, self.chooser):
             self.ledgers[volume].power_cut(node.index)
+            self.checks.crashed(node)  # what the disk holds is another thing now
         self.checks.disk_broke(node, volume)
-        self._complete(node, volume, [flight])
+        if not flight.arriving:
+            self.complete(node, volume, [flight])
+
+    def _may_lose_disk(self, node: Node, flight: Flight) -> None:
+        """A failure that costs a Primary its disk, and with it what says whose data is newer."""
+        volume = flight.op.volume
+        if node.primary and (flight.op.area == META or self.mix.on_io_error != "pass_on"):
+            self.checks.generations.lost(node, volume, self.checks.record(node, volume))
 
     def lost_suffix(self, end: LinkEnd) -> int | None:
         """How many of the bytes on their way from *end* still arrive; None: all."""
@@ -444,15 +470,19 @@ class World:
         return self.chooser.choose(longest)
 
     def cut(self) -> None:
-        """Both sockets break; each direction loses any suffix of what was under way."""
-        self.note(None, "cut")
-        for node in self.nodes:
-            end = node.link
-            if end is not None:
-                for pipe in (*end.inbound, *end.outbound):
-                    if not pipe.ended:
-                        n = len(pipe.incoming)
-                        pipe.end(n if n == 0 or self.chooser.choose(2) == 0 else self.chooser.choose(n))
+        """Both sockets break; or one end of one of them is reset, of which the other end knows nothing yet.
+
+        Each direction loses any suffix of what was under way.
+        """
+        which = self.chooser.choose(1 + len(ONE_END), CUTS)
+        ends = (0, 1) if which == 0 else ONE_END[which - 1][:1]
+        sockets = (0, 1) if which == 0 else ONE_END[which - 1][1:]
+        self.note(None, "cut", ends, sockets)
+        for end in [self.nodes[i].link for i in ends]:
+            for pipe in [end.inbound[socket] for socket in sockets] if end is not None else []:
+                if not pipe.ended:
+                    n = len(pipe.incoming)
+                    pipe.end(n if n == 0 or self.chooser.choose(2) == 0 else self.chooser.choose(n))
 
     def half_dead(self) -> None:
         """One direction of one socket silently swallows everything from now on."""
