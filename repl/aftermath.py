@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from .events import EndWrite
 from .metadata import MdFlag
 from .states import ConnState, DiskState, Role, State
 from .volume import Volume
@@ -222,4 +223,6 @@ def _disk(e: Engine, vol: Volume, old: State, new: State) -> None:
         vol.state = replace(new, disk=D.FAILED)  # a decision against it; the operations still out come first
         vol.refresh()
     if vol.state.disk == D.FAILED and old.disk != D.FAILED:
+        if vol.n_local:
+            e.out.effects.append(EndWrite(vol.number))
         e.disks.local_idle(vol)

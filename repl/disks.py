@@ -236,8 +236,12 @@ class Disks:
 
         *flush*: what failed had to make data stable (a flush, or a write with FUA). It may have been about any
         block written since the last one, and the kernel says so once. That costs the disk: nobody knows which blocks
-        are lost, and what metadata is on the disk still names all of them.
+        are lost, and what metadata is on the disk still names all of them. So no more of it is written, not even by
+        a detach that has begun.
         """
+        if flush and vol.meta is not None:
+            vol.meta.kill(0)
+            self.e.mirror.unflushed_lost(vol)
         if vol.state.disk <= DiskState.FAILED:
             return
         policy = vol.config.disk_options.on_io_error

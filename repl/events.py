@@ -155,6 +155,14 @@ class ReleaseDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class EndWrite:
+    """The disk of *volume* is on its way out: a write that goes to it as it comes (`Engine.begin_write`) ends now, with
+    an error, and does not wait for what is missing of it."""
+
+    volume: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeSize:
     """Look how large the backing devices of *volume* are now: DeviceGrown."""
 
@@ -218,7 +226,8 @@ class SizeChanged:
 
 
 Effect = (
-    Connect | Close | Attach | ReleaseDisk | ProbeSize | RunHandler | Answer | Notify | StateChanged | SizeChanged
+    Connect | Close | Attach | ReleaseDisk | EndWrite | ProbeSize | RunHandler | Answer | Notify | StateChanged
+    | SizeChanged
 )  # fmt: skip
 
 

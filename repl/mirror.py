@@ -518,6 +518,12 @@ class Mirror:
             r.waiting = 0
             self.enter(vol, r)
 
+    def unflushed_lost(self, vol: Volume) -> None:
+        """A flush failed: what the local disk has answered and we have not counts as not on it, should it come back."""
+        for holder in (*vol.intervals.busy.values(), *vol.intervals.large, *vol.gated):
+            if isinstance(holder, Request):
+                holder.legs &= ~LOCAL_OK
+
     def disk_gone(self, vol: Volume) -> None:
         """The local disk was detached: what waited for its activity log goes on without it."""
         self.log.disk_gone(vol)

@@ -354,10 +354,12 @@ def on_loop(device: Device, call: Callable[[], None]) -> None:
     started = time.monotonic()
     watching = started < device.watched_until
     n_waits = calls.n_waits() if watching else 0
-    call()
-    now = time.monotonic()
-    if now - started > SLOW_S:
-        _was_slow(device, now, now - started, watching, watching and calls.n_waits() > n_waits)
+    try:
+        call()
+    finally:
+        now = time.monotonic()
+        if now - started > SLOW_S:
+            _was_slow(device, now, now - started, watching, watching and calls.n_waits() > n_waits)
 
 
 def _was_slow(device: Device, now: float, waited_s: float, watching: bool, waited: bool) -> None:

@@ -122,6 +122,11 @@ class Link:
         if self._pair is not None:
             self._pair.to_meta.send(buffers)
 
+    def end_write(self, volume: int) -> None:
+        """What goes to the disk of *volume* as it comes does so no longer."""
+        if self._pair is not None:
+            self._pair.splicer.end(volume)
+
     @property
     def backlog(self) -> int:
         """Bytes the data socket has not taken yet."""

@@ -30,6 +30,7 @@ from tandem.repl.events import (
     Command,
     Connect,
     Effect,
+    EndWrite,
     Event,
     Notify,
     Outbox,
@@ -147,8 +148,8 @@ class Runtime:
         self._refreshing = False
         self._effects: dict[type[Effect], Callable[[Any], None]] = {
             Connect: self._connect, Close: self._close, Attach: self._attach, ReleaseDisk: self._release,
-            ProbeSize: self._probe, RunHandler: self._run_handler, Answer: self._answer, Notify: self._tell,
-            StateChanged: self._tell, SizeChanged: self._resized,
+            EndWrite: self._end_write, ProbeSize: self._probe, RunHandler: self._run_handler,
+            Answer: self._answer, Notify: self._tell, StateChanged: self._tell, SizeChanged: self._resized,
         }  # fmt: skip
 
     # ------------------------------------------------------------------------- for the daemon
@@ -434,6 +435,9 @@ class Runtime:
 
     def _release(self, effect: ReleaseDisk) -> None:
         self.storage.release(effect.volume)
+
+    def _end_write(self, effect: EndWrite) -> None:
+        self.link.end_write(effect.volume)
 
     def _probe(self, effect: ProbeSize) -> None:
         self.storage.probe(effect.ticket, effect.volume)

@@ -66,15 +66,21 @@ class Splicer:
             except OSError:  # there is another way
                 return None
         w = self._machine.begin_write(rest, self._disk.splices)
-        if w is not None:
-            volume = self._disk.hold(w.volume)
-            self._splice = Splice(self._sock, self._pipe, volume, w, rest[DATA_PACKET.size :], self._done)
-        return self._splice
+        if w is None:
+            return None
+        self._splice = splice = Splice(self._sock, self._pipe, self._disk.hold(w.volume), w, self._done)
+        splice.begin(rest[DATA_PACKET.size :])
+        return splice
 
     def _done(self, splice: Splice) -> None:
         self._splice = None
         self._disk.let_go(splice.volume)
-        self._machine.disk_done([splice.w])
+        self._guard(self._machine.disk_done, [splice.w])
+
+    def end(self, volume: int) -> None:
+        """The disk of *volume* is on its way out, and does not wait for the rest of a write to it."""
+        if self._splice is not None and self._splice.w.volume == volume:
+            self._splice.fail(errno.EIO)
 
     def close(self) -> None:
         """The link has ended. Of a write that was under way the machine hears when it knows that: no ack may go out."""
@@ -109,17 +115,17 @@ class Pipe:
 
 
 class Splice:
-    """One write, of which *begun* has arrived and ``rest`` bytes have not. *done* is told when all of it is written.
+    """One write; ``rest`` is how many bytes of it have not arrived. *done* is told once when it has ended on the disk.
 
-    A disk's error is in ``w.error`` then; the rest of such a write is read and forgotten.
+    A write that fails has ended at once, with the disk's error in ``w.error``: whoever waits for the disk must not wait
+    for the network. The rest of it is read and forgotten.
     """
 
     __slots__ = ("_at", "_done", "_held", "_pipe", "_sock", "rest", "volume", "w")
 
     def __init__(
-        self, sock: socket.socket, pipe: Pipe, volume: OpenVolume, w: PeerWrite, begun: memoryview,
-        done: Callable[[Splice], None],
-    ) -> None:  # fmt: skip
+        self, sock: socket.socket, pipe: Pipe, volume: OpenVolume, w: PeerWrite, done: Callable[[Splice], None]
+    ) -> None:
         self._sock = sock
         self._pipe = pipe
         self._done = done
@@ -127,12 +133,16 @@ class Splice:
         self._held = 0  # bytes in the pipe
         self.volume = volume
         self.w = w
-        self.rest = w.length - len(begun)
+        self.rest = w.length
+
+    def begin(self, begun: memoryview) -> None:
+        """*begun* has arrived already; at least a byte has not."""
+        self.rest -= len(begun)
         whole = self._whole(len(begun))
         if whole:
-            self._write(whole, partial(volume.data.write, [begun[:whole]], w.offset))
-        if whole < len(begun):
-            self._held = os.write(pipe.into, begun[whole:])
+            self._write(whole, partial(self.volume.data.write, [begun[:whole]], self._at))
+        if whole < len(begun) and not self.w.error:
+            self._held = os.write(self._pipe.into, begun[whole:])
 
     def receive(self) -> int:
         """Write what has arrived; returns and raises as `Receiver.receive`."""
@@ -151,10 +161,13 @@ class Splice:
             n += step
             self.rest -= step
             self._held += step
-            if whole := self._whole(self._held):
+            if self.w.error:
+                self._forget()
+            elif whole := self._whole(self._held):
                 self._held -= whole
                 self._write(whole, partial(self.volume.data.write_from, self._pipe.out, whole, self._at))
-        self._done(self)
+        if not self.w.error:
+            self._done(self)
         return n
 
     def _whole(self, n: int) -> int:
@@ -164,13 +177,19 @@ class Splice:
     def _write(self, n: int, write: Callable[[], None]) -> None:
         """Have *write* write the next *n* bytes."""
         self._at += n
-        if not self.w.error:
-            try:
-                on_loop(self.volume.data, write)
-            except OSError as error:
-                self.w.error = error.errno or errno.EIO
-        if self.w.error:
-            self._held = 0
-            with contextlib.suppress(BlockingIOError):
-                while os.read(self._pipe.out, PIPE_BYTES):
-                    pass
+        try:
+            on_loop(self.volume.data, write)
+        except OSError as error:
+            self.fail(error.errno or errno.EIO)
+
+    def fail(self, error: int) -> None:
+        """The disk takes no more of it."""
+        self.w.error = error
+        self._forget()
+        self._done(self)
+
+    def _forget(self) -> None:
+        self._held = 0
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._pipe.out, PIPE_BYTES):
+                pass

@@ -226,7 +226,7 @@ class Arriving(Flight):
     def __init__(self, op: DiskOp, serial: int) -> None:
         super().__init__(op, serial)
         self.data = bytearray()  # what has come
-        self.n_written = 0  # bytes of it that went to the disk, or would have, had it not failed
+        self.n_written = 0  # bytes of it that went to the disk
 
     @property
     def arriving(self) -> bool:
@@ -316,16 +316,16 @@ class FakeDisk:
         op, device = flight.op, self.devices[flight.op.area]
         flight.data += data
         piece = flight.next_piece()
-        if piece is not None and not op.error:
+        if piece is not None:
             flight.entries.append(device.write(piece.offset, piece.length, piece.payload))
             self.on_execute(self, piece)
         if not flight.rest:
-            flight.executed = True
-            if not op.error:  # now it is there as a whole
-                self.on_execute(self, DiskOp(op.op, op.volume, op.offset, op.length, bytes(flight.data)))
+            flight.executed = True  # now it is there as a whole
+            self.on_execute(self, DiskOp(op.op, op.volume, op.offset, op.length, bytes(flight.data)))
 
-    def abandon(self, flight: Arriving) -> None:
-        """The rest of it never comes: the write ends with what was written, and nobody is told that it is a part."""
+    def abandon(self, flight: Arriving, error: int = 0) -> None:
+        """The rest of it is not written: its link has ended (no *error*, no ack either), or the disk has failed."""
+        flight.op.error = error
         flight.executed = True
 
     # ------------------------------------------------------------------ the world's side
@@ -359,9 +359,6 @@ class FakeDisk:
         Such a failure is told once: the next flush knows nothing of it. Source: fsync(2), EIO.
         """
         op, device = flight.op, self.devices[flight.op.area]
-        if flight.arriving:  # its next piece: whoever asked hears of it at the end
-            op.error = EIO
-            return False
         self.execute(flight, EIO)
         if op.op != Op.FLUSH and not op.flags & (FUA | PREFLUSH):
             return False

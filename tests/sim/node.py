@@ -21,6 +21,7 @@ from tandem.repl.events import (
     Command,
     Connect,
     Effect,
+    EndWrite,
     Notify,
     Opened,
     ReleaseDisk,
@@ -32,7 +33,7 @@ from tandem.repl.states import ConnState, DiskState, Role, State
 from tandem.repl.wire import DATA_PACKET
 
 from .client import Write
-from .fake_disk import SECTOR, Arriving, FakeDevice, FakeDisk, FakeStore
+from .fake_disk import EIO, SECTOR, Arriving, FakeDevice, FakeDisk, FakeStore
 from .fake_link import DATA_SOCKET, LinkEnd
 from .handlers import Running
 from .mix import MIB, Mix
@@ -94,6 +95,7 @@ class Node:
         self.engine = None
         self.due: float | None = None  # when the machine wants to be woken
         self.link = None
+        self.unwanted = 0  # bytes to come of a write that has failed
         self.splice: Arriving | None = None  # a long write of the peer that goes to the disk as it comes
         self.connect: int | None = None  # ticket of an outstanding Connect
         self.attaches: list[Attach] = []
@@ -256,6 +258,9 @@ class Node:
         engine, end = self.engine, self.link
         assert engine is not None and end is not None
         pipe = end.inbound[socket]
+        if socket == DATA_SOCKET and self.unwanted:
+            n = min(self.unwanted, len(pipe.rx))
+            pipe.rx, self.unwanted = pipe.rx[n:], self.unwanted - n
         if self.splice is not None and socket == DATA_SOCKET:
             pipe.rx = self._arrived(self.splice, pipe.rx)
             if end.closed or not pipe.rx:
@@ -288,14 +293,22 @@ class Node:
         self.disks[splice.op.volume].arrive(splice, data[:n])
         if not splice.arriving:
             self.splice = None
-            world.counts["failed"] += bool(splice.op.error)
             if not (world.mix.early and world.chooser.choose(4) == 3):  # else its end is as late as another write's
                 world.complete(self, splice.op.volume, [splice])
         return data[n:]
 
+    def end_write(self, volume: int) -> None:
+        """The disk takes no more of a write that is arriving: it has failed now, and the rest of it is nobody's."""
+        splice = self.splice
+        if splice is not None and splice.op.volume == volume:
+            self.splice, self.unwanted = None, splice.rest
+            self.world.counts["failed"] += 1
+            self.disks[volume].abandon(splice, EIO)
+
     def abandon(self) -> None:
         """The link has ended, and the machine knows: of a write that was arriving it hears some time later."""
         splice, self.splice = self.splice, None
+        self.unwanted = 0
         if splice is not None:
             self.world.counts["abandoned"] += 1
             self.world.counts["abandoned in the middle"] += bool(splice.entries)
@@ -321,6 +334,8 @@ class Node:
                     self.abandon()
             case Attach():
                 self.attaches.append(effect)
+            case EndWrite(volume):
+                self.end_write(volume)
             case ReleaseDisk(volume):
                 assert not self.disks[volume].flights, (
                     f"the disk is released with {self.disks[volume].flights} in flight"

@@ -197,12 +197,11 @@ def test_what_never_arrives_is_not_written_and_what_did_stays() -> None:
         assert device.live.read(0, 8192) == b"a" * 4096 + bytes(4096)
 
 
-def test_a_write_that_arrives_fails_at_its_end() -> None:
+def test_a_write_that_arrives_and_fails_ends_with_what_was_written() -> None:
     disk, flight = arriving(0, 8192)
     disk.arrive(flight, b"a" * 5000)
-    assert not disk.fail(flight, ScriptedChooser()) and flight.arriving
-    disk.arrive(flight, b"a" * 3192)
-    assert disk.complete(flight).error == EIO
+    disk.abandon(flight, EIO)
+    assert not flight.arriving and disk.complete(flight).error == EIO
     assert disk.devices[0].live.read(0, 8192) == b"a" * 4096 + bytes(4096)
 
 

@@ -449,12 +449,16 @@ class World:
     def fail_flight(self, node: Node, flight: Flight) -> None:
         volume = flight.op.volume
         self._may_lose_disk(node, flight)
+        if flight.arriving:  # its next piece
+            node.end_write(volume)
+            self.checks.disk_broke(node, volume)
+            self.complete(node, volume, [flight])
+            return
         if node.disks[volume].fail(flight, self.chooser):
             self.ledgers[volume].power_cut(node.index)
             self.checks.crashed(node)  # what the disk holds is another thing now
         self.checks.disk_broke(node, volume)
-        if not flight.arriving:
-            self.complete(node, volume, [flight])
+        self.complete(node, volume, [flight])
 
     def _may_lose_disk(self, node: Node, flight: Flight) -> None:
         """A failure that costs a Primary its disk, and with it what says whose data is newer."""

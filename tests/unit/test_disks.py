@@ -14,6 +14,9 @@ from tandem.repl.metadata import MAGIC_UNCLEAN, MdFlag, Superblock
 from tandem.repl.requests import DATA, FUA, META, DiskOp, Op
 from tandem.repl.states import ConnState, DiskState, Role
 from tandem.repl.wire import (
+    DP_FUA,
+    DP_SEND_WRITE_ACK,
+    ID_SYNCER,
     Packet,
     Uuids,
     pack_ack,
@@ -46,6 +49,13 @@ def superblocks(ops: list[DiskOp], lone: Lone) -> list[Superblock]:
         for op in ops
         if op.area == META and op.offset == lone.layout.superblock and op.payload is not None
     ]
+
+
+def pages(lone: Lone) -> list[DiskOp]:
+    """Bitmap pages on their way to the disk."""
+    where = lone.layout
+    end = where.bitmap + where.bitmap_bytes
+    return [o for o in lone.disk if o.op == Op.WRITE and o.area == META and where.bitmap <= o.offset < end]
 
 
 # ---------------------------------------------------------------------------------------------- attach
@@ -307,6 +317,67 @@ def test_a_data_flush_that_fails_before_metadata_is_written_is_told_as_such_and_
         f"Local data IO error EIO on /dev/fake0 in the flush before meta-data is written, on-io-error {policy}"
         + (", detached all the same" if policy == "pass_on" else "")
     ]
+
+
+@pytest.mark.parametrize("op", [Op.FLUSH, Op.WRITE])
+def test_no_bitmap_page_is_written_once_data_could_not_be_made_stable(op: Op) -> None:
+    """The kernel says once that something is lost, so the flush in front of the pages may be told nothing of it."""
+    lone = Lone().ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    assert lone.vol.meta is not None
+    lone.submit(op, 8192, flags=FUA if op is Op.WRITE else 0)
+    failing = next(o for o in lone.disk if o.op == op and not o.area)
+    lone.vol.bitmap.set(5, 6)
+    lone.vol.meta.write_changed()
+    lone.take()
+    lone.answer(failing, error=errno.EIO)
+    while lone.disk:
+        assert not pages(lone)
+        lone.answer()
+    assert lone.local_disk() == D.DISKLESS
+
+
+def test_nor_by_a_detach_that_has_begun() -> None:
+    lone = Lone().target((0, 4))
+    lone.data(pack_data(P.RS_DATA_REPLY, 0, 0, ID_SYNCER, 0, 0, 16384) + bytes(16384))
+    lone.answer()
+    lone.data(pack_data(P.DATA, 0, 64, 77, 1, DP_FUA | DP_SEND_WRITE_ACK, 4096) + bytes(4096))
+    (failing,) = [o for o in lone.disk if o.flags & FUA and not o.area]
+    lone.command("down")
+    for _ in range(50):
+        others = [o for o in lone.disk if o is not failing]
+        if not others or any(o.op == Op.FLUSH and not o.area for o in others):
+            break
+        lone.answer(*others)
+    assert [o for o in lone.disk if o.op == Op.FLUSH and not o.area], "the flush before the last pages"
+    lone.answer(failing, error=errno.EIO)
+    while lone.disk:
+        assert not pages(lone), "blocks that may be lost are called clean"
+        lone.answer()
+    assert lone.local_disk() == D.DISKLESS
+
+
+def test_a_write_that_a_failed_flush_may_have_lost_is_not_answered_for_by_the_disk_when_it_comes_back() -> None:
+    """It was written before the flush, and waits for a peer that is no good copy."""
+    lone = Lone(options={"on_no_data_accessible": "suspend-io"}).source((0, 4))
+    r = lone.submit(Op.WRITE, 1 << 20)
+    lone.settle()
+    assert r not in lone.done and r.waiting
+    shown = lone.vol.uuids
+    lone.submit(Op.FLUSH)
+    lone.answer(*[o for o in lone.disk if o.op == Op.FLUSH], error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS
+    quad = (shown.current, shown.bitmap, shown.history0, shown.history1)
+    found(lone, generations=quad, flags=IN_SYNC | MdFlag.PRIMARY_IND)
+    lone.settle()
+    lone.run("disconnect", force=True)
+    for _ in range(2):  # the first one is dropped, for the peer has forgotten what it was sent
+        lone.at(lone.now + 2)
+        lone.connect(uuids=(0x10, 0, 0, 0))
+    assert lone.local_disk() == D.UP_TO_DATE and not lone.state.suspended
+    assert r in lone.done and r.error == errno.EIO
 
 
 def test_a_metadata_error_always_detaches() -> None:

@@ -45,7 +45,9 @@ class Bench:
         return OpenVolume(device, device, lambda: None)
 
     def splice(self, w: PeerWrite, begun: bytes = b"", volume: OpenVolume | None = None) -> Splice:
-        return Splice(self.ours, self.pipe, volume or self.volume(), w, memoryview(begun), self.done.append)
+        splice = Splice(self.ours, self.pipe, volume or self.volume(), w, self.done.append)
+        splice.begin(memoryview(begun))
+        return splice
 
     def send(self, data: bytes) -> None:
         """On the wire, and at the other end."""
@@ -161,9 +163,11 @@ def test_a_pipe_that_is_full_of_little_goes_on(bench: Bench) -> None:
     assert bench.content(0, LENGTH) == data
 
 
-def test_a_disk_that_fails_is_told_at_the_end_and_the_stream_goes_on_behind_it(bench: Bench) -> None:
-    splice = bench.splice(peer_write(0, LENGTH), b"n" * 100, bench.volume(os.O_RDONLY))
-    bench.theirs.sendall(b"n" * (LENGTH - 100) + b"next")
+@pytest.mark.parametrize("begun", [100, PAGE])
+def test_a_disk_that_fails_is_told_at_once_and_the_stream_goes_on_behind_the_write(bench: Bench, begun: int) -> None:
+    splice = bench.splice(peer_write(0, LENGTH), b"n" * begun, bench.volume(os.O_RDONLY))
+    assert bool(bench.done) is (begun == PAGE)
+    bench.theirs.sendall(b"n" * (LENGTH - begun) + b"next")
     while splice.rest:
         wait(bench.ours)
         assert splice.receive() > 0
@@ -188,9 +192,10 @@ def test_a_write_that_keeps_the_loop_waiting_sends_the_device_to_the_workers(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_room, "SLOW_S", -1.0)
-    volume = bench.volume()
-    bench.splice(peer_write(0, LENGTH), b"n" * PAGE, volume)
-    assert volume.data.watched_until > 0
+    for flags in (os.O_RDWR, os.O_RDONLY):  # and one that fails after that
+        volume = bench.volume(flags)
+        bench.splice(peer_write(0, LENGTH), b"n" * PAGE, volume)
+        assert volume.data.watched_until > 0
 
 
 def test_a_user_who_has_too_much_in_pipes_gets_none_that_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +310,35 @@ def test_a_link_that_ends_lets_go_of_the_disk_at_once_and_tells_the_machine_late
         assert machine.ended == machine.begun and not machine.begun[0].error
         assert bench.content(0, LENGTH) == b"n" * 8192 + OLD * (LENGTH - 8192)
         splicer.close()
+        disk.stop()
+
+    asyncio.run(test())
+
+
+def test_a_disk_on_its_way_out_does_not_wait_for_the_rest_of_a_write(bench: Bench) -> None:
+    async def test() -> None:
+        disk, machine = Disk(asyncio.get_running_loop(), lambda ops: None, fails), Machine()
+        volume = bench.volume()
+        disk.add(0, volume)
+        splicer, receiver = await link(bench, disk, machine)
+        bench.send(pack_data(Packet.DATA, 0, 0, 1, 1, DP_SEND_WRITE_ACK, LENGTH) + b"n" * 10_000)
+        while receiver.receive() > 0:
+            pass
+        splicer.end(1)
+        assert volume.n_inflight == 1 and machine.ended == []
+        splicer.end(0)
+        assert volume.n_inflight == 0 and machine.ended == machine.begun and machine.begun[0].error == errno.EIO
+        disk.remove(0)
+        bench.theirs.sendall(b"n" * (LENGTH - 10_000) + pack_barrier(1))
+        while not machine.seen:
+            wait(bench.ours)
+            receiver.receive()
+        assert [cmd for cmd, _ in machine.seen] == [Packet.BARRIER] and not receiver.cut
+        assert bench.content(0, LENGTH) == b"n" * 8192 + OLD * (LENGTH - 8192)
+        splicer.end(0)
+        splicer.close()
+        await asyncio.sleep(0)
+        assert len(machine.ended) == 1 and volume.n_inflight == 0
         disk.stop()
 
     asyncio.run(test())

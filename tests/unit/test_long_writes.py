@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from tandem.repl.events import Connect, LinkLost, ReleaseDisk
+from tandem.repl.events import Connect, EndWrite, LinkLost, ReleaseDisk
 from tandem.repl.replica import LONG_MIN
 from tandem.repl.requests import DiskOp, PeerWrite
 from tandem.repl.states import ConnState, DiskState, Role
@@ -156,19 +156,24 @@ def test_a_link_that_is_lost_in_the_middle_gets_no_ack_and_no_successor_before_t
     assert lone.vol.stable_version != lone.vol.data_version, "a part of it may be there, and is not stable"
 
 
-def test_a_disk_that_is_detached_in_the_middle_is_released_after_it() -> None:
+def test_a_disk_that_leaves_in_the_middle_ends_it_and_waits_for_that_alone() -> None:
+    """The rest of it may never come, and the disk is not to wait for the network."""
     lone = Lone().as_secondary()
     w = begun(lone)
     ticket = lone.command("detach", force=True)
-    others = [op for op in lone.disk if op is not w]
-    while others:
+    while others := [op for op in lone.disk if op is not w]:
         lone.answer(*others)
-        others = [op for op in lone.disk if op is not w]
     assert lone.of(ReleaseDisk) == [] and lone.answered(ticket) is None
-    lone.answer(w)
+    assert lone.of(EndWrite) == [EndWrite(0)]
+    lone.answer(w, error=errno.EIO)
     lone.settle()
     assert len(lone.of(ReleaseDisk)) == 1 and lone.answered(ticket) == "done"
-    assert acks(lone) == [(Packet.WRITE_ACK, 8, ID)]
+    assert acks(lone) == [(Packet.NEG_ACK, 8, ID)]
+
+
+def test_a_disk_that_leaves_with_nothing_under_way_ends_nothing() -> None:
+    lone = Lone().as_secondary()
+    assert lone.run("detach", force=True) == "done" and lone.of(EndWrite) == []
 
 
 def test_a_verify_that_begins_in_the_middle_leaves_it_its_ack() -> None:
