@@ -39,9 +39,11 @@ class Bench:
     path: Path
     pipe: Pipe = field(default_factory=Pipe)
     done: list[Splice] = field(default_factory=list)
+    opened: list[int] = field(default_factory=list)
 
     def volume(self, flags: int = os.O_RDWR) -> OpenVolume:
-        device = Device(os.open(self.path, flags))
+        self.opened.append(os.open(self.path, flags))
+        device = Device(self.opened[-1])
         return OpenVolume(device, device, lambda: None)
 
     def splice(self, w: PeerWrite, begun: bytes = b"", volume: OpenVolume | None = None) -> Splice:
@@ -74,10 +76,12 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         ours, _ = server.accept()
     ours.setblocking(False)
     theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    path = tmp_path / "disk"
+    path = tmp_path / "backing"
     path.write_bytes(OLD * (1 << 20))
     found = Bench(ours, theirs, path)
     yield found
+    for fd in found.opened:
+        os.close(fd)
     found.pipe.close()
     ours.close()
     theirs.close()
@@ -272,7 +276,7 @@ def test_long_writes_and_other_packets_follow_each_other_in_any_pieces(bench: Be
         disk, machine = Disk(asyncio.get_running_loop(), lambda ops: None, fails), Machine()
         volume = bench.volume()
         disk.add(0, volume)
-        _, receiver = await link(bench, disk, machine)
+        splicer, receiver = await link(bench, disk, machine)
         at = 0
         while at < len(stream):
             n = rng.choice([3, 1000, 50_000, len(stream)])
@@ -289,6 +293,7 @@ def test_long_writes_and_other_packets_follow_each_other_in_any_pieces(bench: Be
         assert len(machine.begun) + machine.seen.count((Packet.DATA, LENGTH + 24)) == 4
         assert [cmd for cmd, _ in machine.seen if cmd != Packet.DATA] == [Packet.BARRIER] * 3
         assert len(machine.begun) >= 2 and bench.content(0, LENGTH) == data
+        splicer.close()
         disk.stop()
 
     asyncio.run(test())
@@ -351,7 +356,7 @@ def test_a_disk_that_belongs_to_the_workers_gets_its_long_writes_by_them(bench: 
         disk.add(0, volume)
         assert disk.splices(0) and not disk.splices(1)
         volume.data.inline_again = float("inf")
-        _, receiver = await link(bench, disk, machine)
+        splicer, receiver = await link(bench, disk, machine)
         bench.theirs.sendall(pack_data(Packet.DATA, 0, 0, 1, 1, DP_SEND_WRITE_ACK, LENGTH) + bytes(LENGTH))
         while not machine.seen:
             wait(bench.ours)
@@ -359,6 +364,7 @@ def test_a_disk_that_belongs_to_the_workers_gets_its_long_writes_by_them(bench: 
         assert machine.begun == [] and machine.seen == [(Packet.DATA, LENGTH + 24)]
         volume.data.inline_again, volume.data.splices = 0.0, False
         assert not disk.splices(0)
+        splicer.close()
         disk.stop()
 
     asyncio.run(test())

@@ -21,8 +21,8 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for directory, number in ((found, "43:0\n"), (found / "nbd0p1", "43:1\n")):
         (directory / "holders").mkdir(parents=True)
         (directory / "dev").write_text(number)
-    names = {"disk": DISK, "part": PART}
-    monkeypatch.setattr(nbd_users, "number_of", lambda path: names.get(Path(os.path.realpath(path)).name))
+    names = {tmp_path / "disk": DISK, tmp_path / "part": PART}
+    monkeypatch.setattr(nbd_users, "number_of", lambda path: names.get(Path(os.path.realpath(path))))
     return found
 
 
