@@ -61,30 +61,6 @@ def fua_begun(mp: Patch) -> None:
     mp.setattr(Replica, "begin_write", lambda self, view, takes: original(self, _with_flags(view, DP_FUA), takes))
 
 
-def not_counted(mp: Patch) -> None:
-    """A write that has begun does not count as under way: nothing waits for its end."""
-    begin, done = Replica.begin_write, Replica.local_done
-    under_way: list[PeerWrite] = []
-
-    def begun(self: Any, view: memoryview, takes: Takes) -> PeerWrite | None:
-        w = begin(self, view, takes)
-        if w is not None:
-            self.n_active -= 1
-            self.e.volumes[w.volume].n_local -= 1
-            under_way.append(w)
-        return w
-
-    def ended(self: Any, ops: list[Any]) -> None:
-        for w in ops:
-            if w in under_way:
-                self.n_active += 1
-                self.e.volumes[w.volume].n_local += 1
-        done(self, ops)
-
-    mp.setattr(Replica, "begin_write", begun)
-    mp.setattr(Replica, "local_done", ended)
-
-
 def abandoned_acked(mp: Patch) -> None:
     """A write that will never be complete ends before the machine knows that its link has, not after."""
     original = World.link_lost

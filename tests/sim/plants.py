@@ -541,7 +541,6 @@ PLANTS = (
         mixes.long_writes_and_resyncs,
     ),
     Plant("FUA begun", "a FUA write begins like any other", begun.fua_begun, mixes.long_writes),
-    Plant("begun uncounted", "a write that has begun is not waited for", begun.not_counted, mixes.long_writes),
     Plant("conflicts ignored", "two Primaries overwrite each other", _conflicts_not_resolved, mixes.two_write_at_once),
 )
 
