@@ -213,6 +213,7 @@ def test_a_resource_the_configuration_does_not_have(pair: Pair) -> None:
 def test_ctrl_c_ends_waiting_and_nothing_else(pair: Pair) -> None:
     pair.create()
     pair.ok("alpha", "up", "r0")
+    wait_until(lambda: n_connections(pair) == 0)  # that of `up`, whose end the daemon may not have seen yet
     with pair.popen("alpha", "wait-connect", PATIENCE, "r0") as waiting:
         wait_until(lambda: n_connections(pair) >= 1)
         waiting.send_signal(signal.SIGINT)
