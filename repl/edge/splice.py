@@ -121,7 +121,7 @@ class Splice:
     for the network. The rest of it is read and forgotten.
     """
 
-    __slots__ = ("_at", "_done", "_held", "_pipe", "_sock", "rest", "volume", "w")
+    __slots__ = ("_at", "_done", "_failed", "_held", "_pipe", "_sock", "rest", "volume", "w")
 
     def __init__(
         self, sock: socket.socket, pipe: Pipe, volume: OpenVolume, w: PeerWrite, done: Callable[[Splice], None]
@@ -131,6 +131,7 @@ class Splice:
         self._done = done
         self._at = w.offset  # on the device; what the write has before it is written
         self._held = 0  # bytes in the pipe
+        self._failed = False  # and so it has ended; the write itself belongs to the machine then
         self.volume = volume
         self.w = w
         self.rest = w.length
@@ -141,7 +142,7 @@ class Splice:
         whole = self._whole(len(begun))
         if whole:
             self._write(whole, partial(self.volume.data.write, [begun[:whole]], self._at))
-        if whole < len(begun) and not self.w.error:
+        if whole < len(begun) and not self._failed:
             self._held = os.write(self._pipe.into, begun[whole:])
 
     def receive(self) -> int:
@@ -161,12 +162,12 @@ class Splice:
             n += step
             self.rest -= step
             self._held += step
-            if self.w.error:
+            if self._failed:
                 self._forget()
             elif whole := self._whole(self._held):
                 self._held -= whole
                 self._write(whole, partial(self.volume.data.write_from, self._pipe.out, whole, self._at))
-        if not self.w.error:
+        if not self._failed:
             self._done(self)
         return n
 
@@ -184,6 +185,7 @@ class Splice:
 
     def fail(self, error: int) -> None:
         """The disk takes no more of it."""
+        self._failed = True
         self.w.error = error
         self._forget()
         self._done(self)
