@@ -239,11 +239,15 @@ class Disks:
         are lost, and what metadata is on the disk still names all of them. So no more of it is written, not even by
         a detach that has begun.
         """
+        if flush:
+            self.e.mirror.unflushed_lost(vol)
+        if vol.state.disk > DiskState.FAILED:
+            self._follow(vol, error, write, meta, flush)
         if flush and vol.meta is not None:
             vol.meta.kill(0)
-            self.e.mirror.unflushed_lost(vol)
-        if vol.state.disk <= DiskState.FAILED:
-            return
+
+    def _follow(self, vol: Volume, error: int, write: bool, meta: bool, flush: bool) -> None:
+        """What `on-io-error` says of *error*, told to the operator and done."""
         policy = vol.config.disk_options.on_io_error
         passed_on = policy == "pass_on" and not meta and not flush
         what = "meta-data" if meta and not flush else "data"

@@ -50,7 +50,8 @@ class Receiver:
     have. It may keep slices of *view* for as long as it likes.
     ``need(rest)`` is asked about what it left: the total length of the packet that starts there, or, as
     long as its header is incomplete, a length that brings more of the header. Always more than it sees.
-    Both may raise; the exception comes out of `receive`, and the stream is then of no further use.
+    ``begin(rest)`` may take over a long packet that starts there; *consume* does not see that one.
+    All may raise; the exception comes out of `receive`, and the stream is then of no further use.
     """
 
     __slots__ = ("_begin", "_chunk", "_chunk_max", "_chunk_min", "_consume", "_direct", "_expected", "_filled", "_long",

@@ -338,6 +338,21 @@ def test_no_bitmap_page_is_written_once_data_could_not_be_made_stable(op: Op) ->
     assert lone.local_disk() == D.DISKLESS
 
 
+@pytest.mark.parametrize("op", [Op.FLUSH, Op.WRITE])
+def test_a_write_that_waits_for_the_activity_log_meanwhile_goes_to_the_peer(op: Op) -> None:
+    """Its transaction ends with the metadata: by then the disk must be known to have failed."""
+    lone = Lone().ready()
+    lone.submit(Op.WRITE)
+    lone.settle()
+    waiting = lone.submit(Op.WRITE, 8 << 20)  # a cold extent
+    lone.submit(op, 8192, flags=FUA if op is Op.WRITE else 0)
+    lone.answer(next(o for o in lone.disk if o.op == op and not o.area), error=errno.EIO)
+    lone.settle()
+    assert lone.local_disk() == D.DISKLESS and waiting in lone.out()
+    lone.meta(lone.ack(waiting))
+    assert waiting in lone.done and not waiting.error
+
+
 def test_nor_by_a_detach_that_has_begun() -> None:
     lone = Lone().target((0, 4))
     lone.data(pack_data(P.RS_DATA_REPLY, 0, 0, ID_SYNCER, 0, 0, 16384) + bytes(16384))

@@ -266,6 +266,18 @@ def fails(error: BaseException) -> None:
     raise error
 
 
+async def halfway(bench: Bench) -> tuple[Disk, Machine, OpenVolume, Splicer, Receiver]:
+    """A link in the middle of a long write: 10,000 bytes of it have come."""
+    disk, machine = Disk(asyncio.get_running_loop(), lambda ops: None, fails), Machine()
+    volume = bench.volume()
+    disk.add(0, volume)
+    splicer, receiver = await link(bench, disk, machine)
+    bench.send(pack_data(Packet.DATA, 0, 0, 1, 1, DP_SEND_WRITE_ACK, LENGTH) + b"n" * 10_000)
+    while receiver.receive() > 0:
+        pass
+    return disk, machine, volume, splicer, receiver
+
+
 def test_long_writes_and_other_packets_follow_each_other_in_any_pieces(bench: Bench) -> None:
     rng = random.Random(5)
     data = rng.randbytes(LENGTH)
@@ -301,13 +313,7 @@ def test_long_writes_and_other_packets_follow_each_other_in_any_pieces(bench: Be
 
 def test_a_link_that_ends_lets_go_of_the_disk_at_once_and_tells_the_machine_later(bench: Bench) -> None:
     async def test() -> None:
-        disk, machine = Disk(asyncio.get_running_loop(), lambda ops: None, fails), Machine()
-        volume = bench.volume()
-        disk.add(0, volume)
-        splicer, receiver = await link(bench, disk, machine)
-        bench.send(pack_data(Packet.DATA, 0, 0, 1, 1, DP_SEND_WRITE_ACK, LENGTH) + b"n" * 10_000)
-        while receiver.receive() > 0:
-            pass
+        disk, machine, volume, splicer, receiver = await halfway(bench)
         assert receiver.cut and volume.n_inflight == 1
         splicer.close()
         assert volume.n_inflight == 0 and machine.ended == [], "who calls has not told the machine yet"
@@ -322,13 +328,7 @@ def test_a_link_that_ends_lets_go_of_the_disk_at_once_and_tells_the_machine_late
 
 def test_a_disk_on_its_way_out_does_not_wait_for_the_rest_of_a_write(bench: Bench) -> None:
     async def test() -> None:
-        disk, machine = Disk(asyncio.get_running_loop(), lambda ops: None, fails), Machine()
-        volume = bench.volume()
-        disk.add(0, volume)
-        splicer, receiver = await link(bench, disk, machine)
-        bench.send(pack_data(Packet.DATA, 0, 0, 1, 1, DP_SEND_WRITE_ACK, LENGTH) + b"n" * 10_000)
-        while receiver.receive() > 0:
-            pass
+        disk, machine, volume, splicer, receiver = await halfway(bench)
         splicer.end(1)
         assert volume.n_inflight == 1 and machine.ended == []
         splicer.end(0)
